@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ from numpy.typing import NDArray
 from structlog.testing import capture_logs
 
 from shiwu_worker.checkpoints.model_files import model_folder
+from shiwu_worker.config.types import FUSIONS
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.stages.encode.capture_rules import why_not_capturable
 from shiwu_worker.stages.encode.device import keep_full_precision
 from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
+from shiwu_worker.stages.encode.fusion import fuse
 from shiwu_worker.stages.encode.size_check import SizeCheck
+from shiwu_worker.stages.encode.towers import eager_tower
 from tests.support.encoders import make_encoder, make_model, noise, saved
 
 
@@ -107,11 +111,52 @@ def test_full_precision_is_kept_on_a_gpu() -> None:
         cudnn.allow_tf32 = before[1]
 
 
-@pytest.mark.parametrize("kind", ["clip", "metaclip_2", "altclip", "siglip"])
-def test_supported_architectures_can_be_captured(tmp_path: Path, kind: str) -> None:
-    """None of their passes reads a number back to the host or leaves the device, which a CUDA graph cannot record."""
-    encoder = make_encoder(saved(make_model(kind), tmp_path), threads=1)
-    assert why_not_capturable(encoder._model.eager_tower(), torch.from_numpy(noise(2))) is None
+@pytest.mark.parametrize("fusions", [(), FUSIONS], ids=["plain", "fused"])
+@pytest.mark.parametrize("kind", ["clip", "chinese_clip", "metaclip_2", "altclip", "siglip"])
+def test_supported_architectures_can_be_captured(kind: str, fusions: Sequence[str]) -> None:
+    """None of their passes reads a number back to the host or leaves the device, which a CUDA graph cannot record.
+
+    They run on torch's device without memory, which shows every tensor that is made on the host.
+    """
+    model, meta, normal = make_model(kind).requires_grad_(False), torch.device("meta"), (0.5, 0.5, 0.5)
+    fuse(model, fusions, mean=normal, std=normal, rescale=1 / 255)
+    tower = eager_tower(model.to(meta).half(), dtype=torch.float16, mean=normal, std=normal, device=meta)
+    assert why_not_capturable(tower, torch.from_numpy(noise(2)).to(meta)) is None
+
+
+MASK, WEIGHT = torch.tensor([True, False]), torch.ones(2)
+UNCAPTURABLE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mask": lambda raw: raw[MASK.to(raw.device)],
+    "written mask": lambda raw: raw.index_put((MASK.to(raw.device),), raw[:1]),
+    "where": lambda raw: torch.where(raw > 0)[0],
+    "argwhere": torch.argwhere,
+    "bincount": lambda raw: torch.bincount(raw.flatten()),
+    "item": lambda raw: raw * float(raw.max()),
+}
+ACROSS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    # As `torch.tensor` ends, which for the device without memory leaves this out.
+    "numbers of the host": torch.ops.aten.lift_fresh,
+    "tensor of the host": lambda raw: raw * WEIGHT.to(raw.device)[:, None, None, None],
+    "made on the host": lambda raw: raw * torch.arange(2).to(raw.device)[:, None, None, None],
+}
+
+
+@pytest.mark.parametrize("name", UNCAPTURABLE)
+def test_pass_that_waits_for_the_device_is_recognised(name: str) -> None:
+    """The host needs a number before it can go on."""
+    assert "waits for the device" in str(why_not_capturable(UNCAPTURABLE[name], torch.from_numpy(noise(2))))
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_pass_that_copies_between_devices_is_recognised(name: str) -> None:
+    """Memory of the host that is not pinned is copied at once, which a graph cannot record."""
+    assert why_not_capturable(ACROSS[name], torch.from_numpy(noise(2)).to("meta")) is not None
+
+
+def test_single_numbers_of_the_host_can_be_captured() -> None:
+    """They are arguments of kernels."""
+    number = torch.tensor(2.0)
+    assert why_not_capturable(lambda raw: raw * number + 1, torch.from_numpy(noise(2)).to("meta")) is None
 
 
 def test_embedded_model_can_be_captured() -> None:

@@ -24,6 +24,11 @@ _SYNCHRONISING: Final = frozenset(
         "aten::is_nonzero",
         "aten::equal",
         "aten::repeat_interleave",
+        "aten::nonzero_numpy",
+        "aten::argwhere",
+        "aten::unique_dim",
+        "aten::bincount",
+        "aten::allclose",
     }
 )
 """Operators whose result the host reads before it can go on."""
@@ -44,13 +49,27 @@ class _CaptureRules(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.name().partition(".")[0]
-        if name in _SYNCHRONISING and (name != "aten::repeat_interleave" or "output_size" not in (kwargs or {})):
+        if (name in _SYNCHRONISING and "output_size" not in (kwargs or {})) or _counts_first(name, args):
             raise NotCapturable(f"{name} waits for the device")
+        if name == "aten::lift_fresh" and self._device.type != "cpu":
+            raise NotCapturable(f"{name} copies numbers of the host to {self._device}")
+        for tensor in args:
+            # A single number on the host is an argument of the kernel.
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != self._device.type and tensor.dim() > 0:
+                raise NotCapturable(f"{name} takes a tensor on {tensor.device}, not on {self._device}")
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, torch.Tensor) and tensor.device.type != self._device.type and tensor.numel() > 0:
                 raise NotCapturable(f"{name} gives a tensor on {tensor.device}, not on {self._device}")
         return result
+
+
+def _counts_first(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether the shape of the result depends on how many values of a mask are true."""
+    if name == "aten::where":
+        return len(args) == 1
+    masks = args[1] if name in {"aten::index", "aten::index_put_", "aten::index_put"} and len(args) > 1 else ()
+    return any(isinstance(mask, torch.Tensor) and mask.dtype in {torch.bool, torch.uint8} for mask in masks)
 
 
 def why_not_capturable(
