@@ -1,12 +1,15 @@
 """An asynchronous device on the CPU: work is done later, in any order that its streams and events allow.
 
 Every operation is queued on its stream. Which queued operation is done next is drawn from a seeded generator, each time
-the host does something, and until an event is reached when the host waits for it. Two things show a missing wait:
+the host does something, and until an event is reached when the host waits for it. Values and order show a missing wait:
 
 - Values. Fresh memory holds 0xA5 and NaN, a replay of a graph destroys the outputs of the other graphs of its pool, and
   an operation reads and writes only when it is done.
 - Order. Each operation knows which others are done before it in every schedule. An access to memory that another
   operation may be writing to, or a write to memory that another may be reading, raises `Race`, whatever the draw was.
+
+A device can be lost: after `lose_after` operations one accesses illegal memory. The host is told by the next call,
+whichever it is, and by every call from then on, and no operation is done any more.
 """
 
 from __future__ import annotations
@@ -69,6 +72,7 @@ class FakeEvent:
 
     def elapsed_time(self, end: Any) -> float:
         """Return the milliseconds between two events: always one."""
+        self.device.check_lost()
         assert self.operation is None or self.operation.is_done
         assert isinstance(end, FakeEvent)
         return 1.0
@@ -126,6 +130,9 @@ class FakeAccelerator:
         self._host: frozenset[Operation] = frozenset()
         self._current = "default"
         self._lock = threading.RLock()
+        self.lose_after: int | None = None
+        """Operations until the device is lost; None for never."""
+        self.is_lost = False
 
     # -------------------------------------------------------------------------------- scheduling
     def queue(
@@ -133,6 +140,7 @@ class FakeAccelerator:
     ) -> Operation:
         """Queue an operation on the current stream."""
         with self._lock:
+            self.check_lost()
             stream = self._current
             assert stream in self._streams, "expected the copy or the compute stream to be current"
             waits = tuple(self._pending_waits.pop(stream, ()))
@@ -160,13 +168,14 @@ class FakeAccelerator:
                 self._check(operation, reader, "writes what it reads")
             memory.last_write, memory.reads = operation, []
 
-    @staticmethod
-    def _check(operation: Operation, other: Operation | None, what: str) -> None:
-        if other is not None and other is not operation and other not in operation.before:
+    def _check(self, operation: Operation, other: Operation | None, what: str) -> None:
+        if other is not None and other is not operation and other not in operation.before and not self.is_lost:
             raise Race(f"{operation.name} beside {other.name}: {what}")
 
     def _do_one(self) -> bool:
         """Do one of the operations that may come next; False where there is none."""
+        if self.is_lost:
+            return False
         ready = [
             operations
             for operations in self._streams.values()
@@ -175,6 +184,11 @@ class FakeAccelerator:
         if not ready:
             return False
         operation = self._random.choice(ready).pop(0)
+        if self.lose_after is not None:
+            self.lose_after -= 1
+            self.is_lost = self.lose_after < 0
+        if self.is_lost:
+            return False
         with torch.inference_mode():
             operation.act()
         operation.is_done = True
@@ -185,9 +199,17 @@ class FakeAccelerator:
         with self._lock:
             if operation is None:
                 return
+            self.check_lost()
             while not operation.is_done:
-                assert self._do_one(), "no operation can be done: a stream waits for one that was never queued"
+                is_done = self._do_one()
+                self.check_lost()
+                assert is_done, "no operation can be done: a stream waits for one that was never queued"
             self._host |= operation.known
+
+    def check_lost(self) -> None:
+        """Raise what every call raises once the device is lost."""
+        if self.is_lost:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     def _on_host(self, name: str, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = ()) -> None:
         with self._lock:
@@ -206,6 +228,7 @@ class FakeAccelerator:
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return poisoned memory."""
+        self.check_lost()
         tensor = torch.empty(tuple(shape), dtype=dtype)
         poison(tensor)
         self._kept.append(tensor)
@@ -273,6 +296,7 @@ class FakeAccelerator:
         with self._lock:
             while self._do_one():
                 pass
+            self.check_lost()
             assert not any(self._streams.values())
             self._host = self._host.union(*(each.known for each in self._last.values()))
 

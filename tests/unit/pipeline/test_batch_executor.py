@@ -18,6 +18,7 @@ from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.timestamps import StageTimestamps
 from shiwu_worker.pipeline.batch_executor import BatchExecutor
 from tests.support.encoders import make_encoder, make_model, noise, saved
+from tests.support.fake_accelerator import FakeAccelerator
 
 Pixels = NDArray[np.uint8]
 Vectors = NDArray[np.float32]
@@ -201,6 +202,31 @@ def test_out_of_memory_in_the_fp32_retry_is_retryable() -> None:
     assert device.failed() == {"j2": ErrorCode.OUT_OF_MEMORY}
     assert device.jobs[2].error is not None
     assert device.jobs[2].error.retryable
+
+
+@pytest.mark.parametrize("lose_after", range(0, 10, 3))
+def test_device_lost_at_any_operation_fails_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose_after: int
+) -> None:
+    """With two batches under way: each is answered, or ends the process, which gives its jobs back."""
+    lost = FakeAccelerator(seed=lose_after, width=8)
+    monkeypatch.setattr("shiwu_worker.stages.encode.encoder.open_accelerator", lambda _: lost)
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), batch_sizes=(4,), threads=1)
+    device = Device(4)
+    scorer: Any = device
+    executor = BatchExecutor(encoder, scorer, pixels=noise(4))
+    lost.lose_after = lose_after
+
+    def run() -> None:
+        ahead = executor.launch(device.jobs)
+        for _ in range(10):
+            before, ahead = ahead, executor.launch(device.jobs)
+            executor.finish(before)
+
+    with pytest.raises(FatalError) as caught:
+        run()
+    assert caught.value.exit_code is ExitCode.DEVICE
+    assert not any(job.error for job in device.jobs)
 
 
 def test_batch_size_is_that_of_the_batch_with_the_answer() -> None:

@@ -83,6 +83,40 @@ def test_every_schedule_gives_the_vectors_of_a_serial_run(
     play(make_ring(FakeAccelerator(seed=seed, width=WIDTH), has_graphs=has_graphs), steps)
 
 
+def ends_well(batch: InFlightBatch, rows: list[int]) -> bool:
+    """Whether a batch could be collected; it has its own vectors then."""
+    try:
+        check(batch, rows)
+    except torch.AcceleratorError:
+        return False
+    return True
+
+
+@settings(max_examples=100)
+@given(seed=st.integers(0, 2**16), lose_after=st.integers(0, 40), has_graphs=st.booleans())
+def test_lost_device_gives_right_vectors_or_its_error(seed: int, lose_after: int, has_graphs: bool) -> None:
+    """Whichever call tells of the loss first. After it every batch gets the error, and none waits for a buffer."""
+    device = FakeAccelerator(seed=seed, width=WIDTH)
+    ring = make_ring(device, has_graphs=has_graphs)
+    device.lose_after = lose_after
+    under_way: list[tuple[InFlightBatch, list[int]]] = []
+    ended: list[bool] = []
+    for number in range(20):
+        rows = list(range(number, number + 1 + number % 8))
+        try:
+            under_way.append((ring.launch(IMAGES, rows), rows))
+        except torch.AcceleratorError:
+            ended.append(False)
+        if len(under_way) == BUFFERS:
+            under_way[0][0].wait()
+            ended.append(ends_well(*under_way.pop(0)))
+    ended += [ends_well(*each) for each in under_way]
+    assert len(ended) == 20
+    assert device.is_lost
+    assert sorted(ended, reverse=True) == ended
+    assert not ended[-1]
+
+
 class Faulty(FakeAccelerator):
     """A device for which the product forgets one thing that it must not forget."""
 
