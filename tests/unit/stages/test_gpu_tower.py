@@ -16,7 +16,7 @@ from shiwu_worker.stages.encode.attention_kernel import KERNELS, prefer, with_fa
 from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
 from shiwu_worker.stages.encode.gpu_tower import gpu_tower
 from tests.support.encoders import make_encoder, make_model, noise, saved
-from tests.support.fake_accelerator import FakeAccelerator, Work
+from tests.support.fake_accelerator import FakeAccelerator, FakeGraph, Work
 
 SHAPE = (2, 2, 3)
 WIDTH = 12
@@ -186,3 +186,25 @@ def test_right_compiled_model_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     encoder.warm(is_thorough=True)
     assert encoder._graphs is not None
     assert encoder._graphs.is_compiled
+
+
+class WrongGraph(FakeAccelerator):
+    """A device whose graphs of one size are wrong."""
+
+    def capture(self, work: Work, raw: torch.Tensor, *, pool: Any) -> FakeGraph:
+        """Capture something else for this size."""
+        return super().capture(work if len(raw) != 2 else lambda each: -work(each), raw, pool=pool)
+
+
+def test_size_with_a_wrong_graph_runs_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same operators without a graph are right, so the size stays in use; the others keep their graphs."""
+    monkeypatch.setattr("shiwu_worker.stages.encode.encoder.open_accelerator", lambda _: WrongGraph(seed=0, width=8))
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), threads=1, known_images=noise(1))
+    with capture_logs() as logs:
+        encoder.warm(is_thorough=True)
+    assert [line["batch_size"] for line in logs if line["event"] == "graph_gives_wrong_vectors"] == [2]
+    assert encoder._graphs is not None
+    assert encoder._graphs.captured_sizes == (1, 4)
+    assert encoder.batch_sizes == encoder.timed_sizes == (1, 2, 4)
+    images = noise(2)
+    np.testing.assert_allclose(encoder.encode(images), encoder.encode_exact(images), atol=1e-6)
