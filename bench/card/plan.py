@@ -32,7 +32,7 @@ class Step:
             the figures of the step.
         limit_s: the process is ended after this time.
         expected_s: how long it takes, as estimated for an H200 beside 16 cores.
-        is_needed: whether the stage ends if this step fails.
+        is_needed: whether the stage ends if this step fails; one that takes too long may have shown enough.
     """
 
     name: str
@@ -86,17 +86,17 @@ QUICK_SERVICE: Final = "--rounds 1 --seconds 0.5"
 STAGES: Final[dict[str, tuple[Step, ...]]] = {
     # What a release promises of a GPU, and next what decides how it is set up: a lent machine may be taken away.
     "floors": (
-        own("contact", 40, 15, is_needed=True),
+        own("contact", 60, 20, is_needed=True),
         own("facts", 20, 8),
         encode("vit-b-16", 130, 85, "vit-b-16", ALL_SIZES),
         service(
             "http",
-            180,
+            170,
             130,
             f"--source http --rounds 3 --seconds 5 --set max_batch=256 --set loaders={LOADERS}",
             tiny_options=QUICK_SERVICE,
         ),
-        own("decoding", 40, 20),
+        own("decoding", 30, 18),
         own("race", 150, 95),
     ),
     "faults": (

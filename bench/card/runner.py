@@ -113,7 +113,7 @@ def run_stage(
                 limit_s = min(step.limit_s * factor, left_s)
                 found[step.name] = run_step(step, tiny=tiny, limit_s=limit_s, log_to=log, load=load)
             status = found[step.name]
-            if step.is_needed and status["status"] not in PASSED:
+            if step.is_needed and status["status"] == "failed":
                 ended_by = step.name
             print(f"{name} {step.name}: {status['status']}, {status.get('seconds', 0)} s", flush=True)
             text = json.dumps({"stage": name, "tiny": tiny, "steps": found}, indent=1, ensure_ascii=False)

@@ -130,6 +130,14 @@ def test_stage_ends_with_a_step_that_is_needed(tmp_path: Path) -> None:
     assert found["next"] == {"status": "failed", "reason": "not run, because contact failed"}
 
 
+def test_needed_step_that_is_slow_does_not_end_its_stage(tmp_path: Path) -> None:
+    """A machine that was just started may take a minute to read torch from its disk."""
+    slow = replace(program("contact", "import time; time.sleep(600)", limit_s=1), is_needed=True)
+    assert not run_stage("x", (slow, program("next", "")), tiny=False, out=tmp_path, stage_s=60)
+    found = json.loads((tmp_path / "card-x.json").read_text(encoding="utf-8"))["steps"]
+    assert [step["status"] for step in found.values()] == ["timed out", "ok"]
+
+
 def test_resumed_stage_runs_what_has_not_passed(tmp_path: Path) -> None:
     """Results of steps that are left out are kept, also where some alone are run, but not those of a rehearsal."""
     count = "path = pathlib.Path({!r})\npath.write_text(path.read_text() + 'x' if path.exists() else 'x')"
