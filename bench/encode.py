@@ -100,7 +100,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def modes(device: str) -> dict[str, dict[str, Any]]:
     """Return the encoder's switches: name → its options. CUDA graphs need CUDA.
 
-    On CUDA `graphs` has all steps that make the image tower faster, `unfused` none, and each step has its own mode.
+    `unfused` has none of the steps that make the image tower faster. On CUDA `graphs` has all of them, and each step
+    has its own mode.
     """
     parameters = inspect.signature(EncoderOptions).parameters.values()
     switches = [
@@ -111,7 +112,11 @@ def modes(device: str) -> dict[str, dict[str, Any]]:
     off = dict.fromkeys(switches, False)
     if device != "cuda":
         usable = [name for name in switches if "graph" not in name]
-        return {EAGER: off, **{_PREFIX.sub("", name): off | {name: True} for name in usable}}
+        return {
+            EAGER: off,
+            "unfused": off | {"fusions": ()},
+            **{_PREFIX.sub("", name): off | {name: True} for name in usable},
+        }
     graphs: dict[str, Any] = off | {"has_graphs": True}
     steps = {"unfused": (), **{step: (step,) for step in FUSIONS}}
     return {

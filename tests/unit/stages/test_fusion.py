@@ -151,10 +151,10 @@ def test_fusion_that_changes_vectors_is_refused(tmp_path: Path, monkeypatch: pyt
     np.testing.assert_array_equal(encoder.encode(noise(4)), make_encoder(folder, threads=1).encode(noise(4)))
 
 
-def test_gpu_takes_all_steps_and_a_cpu_none() -> None:
+def test_gpu_takes_all_steps_and_a_cpu_norms() -> None:
     """Unless the operator names some."""
     assert chosen_fusions(None, torch.device("cuda")) == FUSIONS
-    assert chosen_fusions(None, torch.device("cpu")) == ()
+    assert chosen_fusions(None, torch.device("cpu")) == ("norms",)
     assert chosen_fusions(("qkv",), torch.device("cpu")) == ("qkv",)
 
 
@@ -166,7 +166,7 @@ def test_setting_names_the_steps(monkeypatch: pytest.MonkeyPatch, text: str, val
     monkeypatch.setenv("SHIWU_FUSE", text)
     assert Settings().fuse == value
     monkeypatch.setenv("SHIWU_FUSE", "auto,qkv")
-    with pytest.raises(ValueError, match="expected auto, none, or some of patches, qkv, attention, got auto"):
+    with pytest.raises(ValueError, match="expected auto, none, or some of patches, qkv, attention, norms, got auto"):
         Settings()
 
 

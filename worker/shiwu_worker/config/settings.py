@@ -82,7 +82,8 @@ class Settings(SourceSettings):
         ("auto",),
         description="what makes the image tower faster with the same result: patches (normalisation and patch "
         "embedding as one matrix product), qkv (queries, keys and values as one), attention (its kernel chosen by "
-        "measurement on a GPU), or none; auto: all of them on a GPU, none on a CPU",
+        "measurement on a GPU), norms (batch normalisations as parts of convolutions), or none; auto: all of them on a "
+        "GPU, norms on a CPU",
     )
     labels_dir: Path | None = Field(None, description="folder with label sets (*.yaml), added to the embedded ones")
     labels_poll_s: float = Field(3.0, ge=0, description="time between looks for changed label files; 0: only SIGHUP")

@@ -37,7 +37,7 @@ def _has_client(value: str) -> str:
     return value
 
 
-FUSIONS = ("patches", "qkv", "attention")
+FUSIONS = ("patches", "qkv", "attention", "norms")
 """Steps that make the image tower faster."""
 
 

@@ -1,7 +1,8 @@
-"""Rewrites the image tower of a loaded model so that a GPU runs fewer and larger kernels; the result stays the same.
+"""Rewrites the image tower of a loaded model so that it runs fewer and larger steps; the result stays the same.
 
 `patches`: the normalisation of pixels becomes a part of the patch embedding, which becomes one matrix product.
 `qkv`: queries, keys and values of each layer become one matrix product.
+`norms`: batch normalisations become a part of the convolutions before them.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from shiwu_worker.stages.encode.folded_norms import fold_norms
+
 PATCHES: Final = "patches"
 QKV: Final = "qkv"
+NORMS: Final = "norms"
 ATTENTION: Final = "attention"
 """Not a rewriting: `attention_kernel` chooses the kernel."""
 _EMBEDDINGS: Final = frozenset({"clip", "chinese_clip", "siglip", "metaclip_2", "altclip"})
@@ -137,6 +141,8 @@ def fuse(
         for layer in layers:
             layer.self_attn = FusedAttention(layer.self_attn)
         done.append(QKV)
+    if NORMS in steps and (vision := getattr(model, "vision_model", None)) is not None and fold_norms(vision):
+        done.append(NORMS)
     return tuple(done)
 
 

@@ -18,7 +18,7 @@ from shiwu.contract import Head
 from shiwu_worker.checkpoints.checkpoint_files import Checkpoint, WrongCheckpoint
 from shiwu_worker.stages.encode.checkpoint import image_size, load_model, score_head
 from shiwu_worker.stages.encode.device import choose_dtypes
-from shiwu_worker.stages.encode.fusion import ATTENTION, PATCHES, QKV, fuse
+from shiwu_worker.stages.encode.fusion import ATTENTION, NORMS, PATCHES, QKV, fuse
 from shiwu_worker.stages.encode.towers import Tower, eager_tower
 
 log: FilteringBoundLogger = structlog.get_logger()
@@ -195,10 +195,10 @@ class DeviceModel:
 
 
 def chosen_fusions(asked: Sequence[str] | None, device: torch.device) -> tuple[str, ...]:
-    """The steps to take; what is fast on a GPU is not tried on a CPU unless it was asked for."""
+    """The steps to take; what is fast on a GPU only is not tried on a CPU unless it was asked for."""
     if asked is not None:
         return tuple(asked)
-    return (PATCHES, QKV, ATTENTION) if device.type == "cuda" else ()
+    return (PATCHES, QKV, ATTENTION, NORMS) if device.type == "cuda" else (NORMS,)
 
 
 def _cast_images(module: Any, dtype: torch.dtype) -> Any:
