@@ -109,6 +109,19 @@ def test_inventory_with_a_changed_file_is_refused(tmp_path: Path) -> None:
         read(opened(manifest))
 
 
+@pytest.mark.parametrize("broken", [b'"photos","b.jpg', b"\xff"], ids=["quote", "utf-8"])
+def test_error_of_an_inventory_names_the_line(tmp_path: Path, broken: bytes) -> None:
+    """And the file, of which an inventory has several."""
+    manifest = write_inventory(tmp_path, "CSV", parts=1)
+    path = tmp_path / "inv" / "data" / "part-0.csv.gz"
+    path.write_bytes(gzip.compress(b'"photos","a.jpg"\n' + broken + b"\n"))
+    about = json.loads(manifest.read_text())
+    about["files"][0] |= {"size": path.stat().st_size, "MD5checksum": md5(path)}
+    manifest.write_text(json.dumps(about))
+    with pytest.raises(SourceError, match=r"part-0\.csv\.gz, line 2: expected CSV \("):
+        read(opened(manifest))
+
+
 @pytest.mark.parametrize(
     "change", [{"fileFormat": "ORC"}, {"fileSchema": "Bucket, Size"}, {"files": "none"}, {"files": [{"key": "gone"}]}]
 )
