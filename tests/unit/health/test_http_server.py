@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import shlex
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -12,6 +15,7 @@ import pytest
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.health import http_server
 from shiwu_worker.health.http_server import MAX_CONNECTIONS, HealthServer
+from tests.support.processes import ROOT
 from tests.support.waiting import wait_until
 
 
@@ -81,6 +85,19 @@ def test_probe_with_reasons_is_503_with_a_line_each(served: HealthServer, source
     sources.live, sources.ready = ["hung"], ["hung", "draining"]
     assert ask(served, "/livez") == (503, http_server.PLAIN, "hung\n")
     assert ask(served, "/readyz?verbose")[::2] == (503, "hung\ndraining\n")
+
+
+def test_runbook_command_shows_the_reasons(served: HealthServer, sources: Sources) -> None:
+    """The alert fires while the status is 503, which must not hide the body."""
+    sources.ready = ["the canary got a wrong result"]
+    [line] = (
+        line for line in (ROOT / "docs/runbook.md").read_text(encoding="utf-8").splitlines() if "/readyz'" in line
+    )
+    [*_, code] = shlex.split(line)
+    assert ":9808/" in code
+    own = code.replace(":9808/", f":{served.port}/")
+    done = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, sources.ready[0]), done.stderr
 
 
 def test_metrics_scraped_twice_are_gathered_once(served: HealthServer, sources: Sources) -> None:
