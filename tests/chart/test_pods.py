@@ -28,7 +28,7 @@ from shiwu_worker.service.observability import TRACES_CLOSE_TIMEOUT_S
 from shiwu_worker.stages.score.label_files import load_label_sets
 from tests.chart.cases import ALL_OFF, ALL_ON, CLUSTER, MATRIX, PLAIN, SENTINEL
 from tests.conftest import StartWorker
-from tests.support.chart import ChartError, Helm, Manifest, of_kind, pods, variables
+from tests.support.chart import CHART, ChartError, Helm, Manifest, of_kind, pods, variables
 from tests.support.checkpoints import quiet_transformers, write_2022
 from tests.support.dockerfiles import DOCKER, read
 from tests.support.dockerfiles import variables as dockerfile_variables
@@ -141,6 +141,9 @@ def test_grace_time_and_probes_fit_the_settings(newest: Helm) -> None:
     drain_s = 50 + 2 * Settings().redis_timeout_s + LOADERS_CLOSE_TIMEOUT_S + TRACES_CLOSE_TIMEOUT_S
     assert spec["terminationGracePeriodSeconds"] == drain_s + 5
     assert variables(container)["SHIWU_GRACE_S"] == "50"
+    by_default, _ = worker_of(newest.render(PLAIN))
+    page = (CHART / "README.head.md").read_text(encoding="utf-8")
+    assert f"{by_default['terminationGracePeriodSeconds']} by default" in page
     probes = {name: container[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
     assert {name: probe["httpGet"]["path"] for name, probe in probes.items()} == {
         "startup": "/livez",
