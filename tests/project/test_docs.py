@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+from shiwu_worker.config.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "worker" / "shiwu_worker"
@@ -91,3 +95,30 @@ def test_named_files_exist(page: Path) -> None:
         if root is not None and path not in OUTPUT and not (root / path).exists():
             missing.append(path)
     assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tables_are_whole(page: Path) -> None:
+    """Rows follow a line of dashes without a gap, otherwise they are shown as text with bars."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    rows = [number for number, line in prose(page) if line.startswith("|")]
+    first = [number for number in rows if number - 1 not in rows]
+    assert [number for number in first if not re.fullmatch(r"\|[-:| ]+\|", lines[number])] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_blocks_of_data_can_be_read(page: Path) -> None:
+    """YAML and JSON that is copied from a page."""
+    for language, text in re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+        if language == "yaml":
+            assert all(yaml.safe_load_all(text))
+        elif language == "json":
+            assert json.loads(text)
+
+
+@pytest.mark.parametrize("page", [page for page in WRITTEN if page.parent == ROOT / "docs"], ids=name)
+def test_settings_have_their_prefix(page: Path) -> None:
+    """A name that is copied into an environment works."""
+    settings = {field.upper() for field in Settings.model_fields}
+    bare = set(re.findall(r"`([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)(?:=[^`]*)?`", page.read_text(encoding="utf-8")))
+    assert bare & settings == set()
