@@ -247,6 +247,8 @@ def _print_fields(fields: dict[str, Any], *, indent: str = "") -> None:
         if isinstance(value, dict) and value:
             click.echo(f"{indent}{name}:")
             _print_fields(value, indent=f"{indent}  ")
+        elif isinstance(value, bool):
+            click.echo(f"{indent}{printable(name)}: {'yes' if value else 'no'}")
         elif value not in (None, "", {}, []):
             click.echo(f"{indent}{printable(name)}: {printable(str(value))}")
 

@@ -36,12 +36,25 @@ class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
     format: OutputFormat = "jsonl"
 
     def differences(self, other: Plan) -> list[str]:
-        """What another plan has otherwise, as `field: value, other value`."""
+        """What another plan has otherwise, as `--option VALUE, now VALUE`."""
+        mine, theirs = self._as_options(), other._as_options()
         return [
-            f"{name}: {getattr(self, name)!r:.200}, now {getattr(other, name)!r:.200}"
-            for name in self.__struct_fields__
-            if name != "newer_than" and getattr(self, name) != getattr(other, name)
+            f"{option} {_shown(mine.get(option))}, now {_shown(theirs.get(option))}"
+            for option in dict.fromkeys([*mine, *theirs])
+            if mine.get(option) != theirs.get(option)
         ]
+
+    def _as_options(self) -> dict[str, Any]:
+        """The plan as it was written on the command line; `newer_than` follows from `newer`."""
+        given = {
+            "source": self.source,
+            "--column": self.column,
+            "--suffix": self.suffixes,
+            "--newer": self.newer,
+            "--out": self.out,
+            "--format": self.format,
+        }
+        return given | {f"--{name.replace('_', '-')}": value for name, value in self.fields.items()}
 
     @property
     def digest(self) -> str:
@@ -84,6 +97,13 @@ def _name_of(reference: str) -> str:
         except ValueError:
             return reference
     return reference if reference.startswith("file:") else reference.partition("?")[0].partition("#")[0]
+
+
+def _shown(value: Any) -> str:
+    if value is None or value in ("", ()):
+        return "not given"
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text[:200]
 
 
 def read_suffixes(text: str) -> tuple[str, ...]:

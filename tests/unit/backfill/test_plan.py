@@ -118,3 +118,23 @@ def test_output_is_kept_as_an_absolute_address() -> None:
         "s3://b/p/",
         "s3://b/p/",
     ]
+
+
+def test_differences_are_named_as_they_are_written() -> None:
+    """By options, without the notation of Python; the moment that an age meant is no difference."""
+    other = msgspec.structs.replace(
+        PLAN,
+        suffixes=(".jpg",),
+        newer="",
+        newer_than=None,
+        fields={"labels": ["猫", "狗"], "top_k": 3},
+        format="parquet",
+    )
+    assert PLAN.differences(other) == [
+        "--suffix .jpg,.png, now .jpg",
+        "--newer 30d, now not given",
+        "--format jsonl, now parquet",
+        "--labels not given, now 猫,狗",
+        "--top-k not given, now 3",
+    ]
+    assert PLAN.differences(msgspec.structs.replace(PLAN, newer_than=None)) == []
