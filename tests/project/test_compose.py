@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import textwrap
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -16,12 +18,15 @@ import redis
 import yaml
 
 from shiwu_worker.config.settings import Settings
+from shiwu_worker.service.factories import LOADERS_CLOSE_TIMEOUT_S
+from shiwu_worker.service.observability import TRACES_CLOSE_TIMEOUT_S
 from tests.support.dockerfiles import DOCKER, PINNED, ROOT, SECRET, compose_command, read, run_compose, variables
 from tests.support.processes import Process, clean_environment, free_ports
 from tests.support.redis_server import valkey_binary
 from tests.support.waiting import wait_until
 
 COMPOSE: Final = DOCKER / "compose.yaml"
+IMAGES_PAGE: Final = (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
 READ_BY_PRODUCERS: Final = {"SHIWU_REDIS_URL"}
 OURS: Final = ["pictures", "worker", "worker-gpu", "producer", "sweep"]
 
@@ -176,9 +181,22 @@ def test_our_own_containers_may_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["worker", "worker-gpu"])
 def test_a_worker_is_given_the_time_to_drain(name: str) -> None:
-    """stop_grace_period is longer than SHIWU_GRACE_S."""
+    """As the chart: the grace time, two replies of Redis, the ends of loaders and traces, 5 s to spare."""
     grace_s = float(environment(name)["SHIWU_GRACE_S"])
-    assert float(services()[name]["stop_grace_period"].removesuffix("s")) >= grace_s + 5
+    drain_s = grace_s + 2 * Settings().redis_timeout_s + LOADERS_CLOSE_TIMEOUT_S + TRACES_CLOSE_TIMEOUT_S
+    assert float(services()[name]["stop_grace_period"].removesuffix("s")) == drain_s + 5
+    assert f"`--time {drain_s + 5:.0f}`" in IMAGES_PAGE
+
+
+def test_page_makes_a_password_for_each_user(tmp_path: Path) -> None:
+    """Its command leaves no user with the password of the demo."""
+    [loop] = re.findall(r"^    for role in .*?^    done[^\n]*", IMAGES_PAGE, re.M | re.S)
+    (tmp_path / "docker").mkdir()
+    subprocess.run(["sh", "-c", textwrap.dedent(loop)], cwd=tmp_path, check=True, timeout=60)
+    lines = (tmp_path / "docker" / ".env").read_text(encoding="utf-8").splitlines()
+    made = dict(line.split("=") for line in lines)
+    assert made.keys() == {key for key in environment("valkey") if key.startswith("REDIS_")}
+    assert len(set(made.values())) == len(made)
 
 
 def test_the_gpu_is_asked_for_in_its_profile_alone() -> None:
