@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.support.watch import KEY, push, run_watch, source, write_rules
+from tests.support.processes import LOOPBACK, free_ports
+from tests.support.waiting import wait_until
+from tests.support.watch import KEY, push, run_watch, source, watch_process, write_rules
 
 
 @pytest.fixture
@@ -81,3 +83,19 @@ def test_wrong_rules_end_the_watcher(redis_url: str, tmp_path: Path) -> None:
     result = run_watch(redis_url, source(redis_url), "--rules", str(path))
     assert (result.exit_code, "expected" in result.stderr or "'bulk'" in result.stderr) == (64, True)
     assert run_watch(redis_url, source(redis_url)).exit_code == 2
+
+
+@pytest.mark.parametrize("kind", ["redis", "http"])
+def test_watcher_says_what_it_watches(redis_url: str, tmp_path: Path, kind: str) -> None:
+    """Before the first event, and without the password."""
+    write_rules(tmp_path)
+    [port] = free_ports(1)
+    with_login = source(redis_url).replace("redis://", "redis://default:hush@")
+    where = with_login if kind == "redis" else f"http://{LOOPBACK}:{port}/events"
+    with watch_process(redis_url, where, folder=tmp_path) as watch:
+        wait_until(lambda: "2 rules" in watch.log_text(), timeout_s=30, what="the line about the start")
+        assert watch.stop() == 0
+    [line] = (line for line in watch.log_text().splitlines() if "watching" in line)
+    assert line.startswith("shiwu: watching ")
+    assert (KEY if kind == "redis" else "/events") in line
+    assert "hush" not in line

@@ -14,6 +14,7 @@ from shiwu.watch.intake import Plan
 
 if TYPE_CHECKING:
     from shiwu.watch.metrics import WatchMetrics
+    from shiwu.watch.rules import Rules
 
 REPORT_EVERY_S = 30.0
 """Seconds between two lines about the same problem."""
@@ -27,6 +28,11 @@ class ConsoleReports:
         self._lock = threading.Lock()
         self._problems: dict[str, float] = {}
         """What has a problem → when it was last printed, by the monotonic clock."""
+
+    def started(self, source: str, rules: Rules) -> None:
+        """Say what is watched, because nothing else is printed until the first event."""
+        count = len(rules.all)
+        click.echo(f"shiwu: watching {printable(without_logins(source))}, {count} rule{'s' * (count != 1)}", err=True)
 
     def portion(self, *, messages: int, plan: Plan, duration_s: float) -> None:
         """Print and count a portion."""

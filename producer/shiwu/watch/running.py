@@ -82,7 +82,9 @@ def run_watcher(options: WatchOptions) -> None:
             return
         source = open_source(options.source, watcher=options.watcher or default_watcher(), stop=stop)
         stack.callback(source.close)
-        source.check()
+        found = source.check()
+        if not options.is_once:
+            reports.started(f"{source.name}: {found}", rules)
         intake = _intake(options, keeper, rules, source=source.name)
         Watcher(source, intake, reports, portion=options.portion, stop=stop).run(is_once=options.is_once)
 
@@ -204,6 +206,7 @@ def _receive(
     intake = _intake(options, keeper, rules, source=options.source)
     receiver = Receiver(intake, reports, path=address.path, tokens=tokens)
     reports.source()
+    reports.started(options.source, rules)
     serve_events(receiver, listener, stop)
 
 
