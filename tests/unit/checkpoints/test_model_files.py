@@ -24,6 +24,16 @@ def test_embedded_model_is_the_default() -> None:
     read_checkpoint(folder)
 
 
+def test_embedded_model_has_its_name_in_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who writes it as SHIWU_MODEL means the same, unless a folder has this name."""
+    assert model_folder("photo-zh") == model_folder(None)
+    assert model_name("photo-zh") == "photo-zh"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo-zh").mkdir()
+    with pytest.raises(WrongCheckpoint):
+        model_folder("photo-zh")
+
+
 def test_model_name_is_the_folder_or_the_hub_id(tmp_path: Path) -> None:
     """A folder is called by its own name, however it is written; a revision is not part of the name."""
     mine = tmp_path / "mine"

@@ -30,9 +30,14 @@ def split_hub_id(model: str) -> tuple[str, str | None]:
     return hub_id, revision or None
 
 
+def is_embedded(model: str | None) -> bool:
+    """Whether this is the embedded model: none is named, or it is by its name in answers, and no folder has that."""
+    return model is None or (model == EMBEDDED and not os.path.isdir(model))
+
+
 def model_name(model: str | None) -> str:
     """The name of the model in answers: the hub id without its revision, the folder's name, or `photo-zh`."""
-    if model is None:
+    if model is None or is_embedded(model):
         return EMBEDDED
     return Path(model).resolve().name if os.path.isdir(model) else split_hub_id(model)[0]
 
@@ -41,13 +46,13 @@ def model_folder(model: str | None) -> Path:
     """The folder to load from, with checked files; a model of a hub is downloaded unless it is in the hub's cache.
 
     Args:
-        model: a folder, a hub id, or `ID@REVISION`; None is the embedded model.
+        model: a folder, a hub id, or `ID@REVISION`; None and `photo-zh` are the embedded model.
 
     Raises:
         WrongCheckpoint: with ExitCode.MODEL, when there is no such folder or hub id, the hub cannot be reached, or the
             checkpoint is incomplete or not supported.
     """
-    if model is None:
+    if model is None or is_embedded(model):
         return Path(__file__).parents[1] / "data/photo_zh"
     folder = _own_folder(model)
     if folder is None:

@@ -18,7 +18,7 @@ from shiwu_worker.checkpoints.checkpoint_files import (
     WrongCheckpoint,
     read_checkpoint,
 )
-from shiwu_worker.checkpoints.model_files import content_revision, model_folder, split_hub_id
+from shiwu_worker.checkpoints.model_files import content_revision, is_embedded, model_folder, split_hub_id
 from shiwu_worker.config.errors import load_settings_or_exit
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.stages.decode.image_spec import read_image_spec
@@ -58,7 +58,7 @@ def fetch_model(model: str | None, target: Path) -> str:
         FatalError: the setting is no hub id, the download fails, the folder cannot be written, or the worker could not
             load its checkpoint.
     """
-    if model is None or Path(model).is_dir() or model.startswith((".", "/", "~")):
+    if model is None or is_embedded(model) or Path(model).is_dir() or model.startswith((".", "/", "~")):
         given = repr(model) if model else "none"
         raise FatalError(ExitCode.CONFIG, f"SHIWU_MODEL: expected a hub id to download, got {given}")
     hub_id, revision = split_hub_id(model)

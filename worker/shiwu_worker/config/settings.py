@@ -58,8 +58,8 @@ class Settings(SourceSettings):
 
     model: str | None = Field(
         None,
-        description="folder or hub id of a dual encoder; ID@REVISION selects a revision; unset: the embedded model "
-        "photo-zh",
+        description="folder or hub id of a dual encoder; ID@REVISION selects a revision; unset or photo-zh: the "
+        "embedded model",
     )
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

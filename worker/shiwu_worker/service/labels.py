@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from shiwu.contract import WarningCode
-from shiwu_worker.checkpoints.model_files import EMBEDDED
+from shiwu_worker.checkpoints import model_files
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.stages.score.label_bank import LabelBank
 from shiwu_worker.stages.score.label_files import load_label_sets
@@ -75,7 +75,7 @@ def open_label_bank(settings: Settings, encoder: Encoder, sets: Mapping[str, Lab
 
 def is_embedded(settings: Settings, encoder: Encoder) -> bool:
     """Whether the worker runs the embedded model."""
-    return settings.model is None and encoder.info.id == EMBEDDED
+    return model_files.is_embedded(settings.model) and encoder.info.id == model_files.EMBEDDED
 
 
 def load_label_bank(settings: Settings, encoder: Encoder, sets: Mapping[str, LabelSet]) -> LabelBank:
