@@ -94,6 +94,8 @@ def test_eval_report_shows_images_by_the_access_rules(
         lines.append(json.dumps(line))
     code, text = run("eval", "six-zh", "--answers", "-", "--report", str(tmp_path / "report"), text="\n".join(lines))
     assert code == 0, text
+    [row] = (line for line in text.splitlines() if line.startswith(" 动物"))
+    assert row.count("%)") == 2, "precision and recall with their intervals, in one line"
     html = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert html.count('src="data:image/webp;base64,') == 1
     assert "source_forbidden" in html

@@ -23,6 +23,7 @@ from shiwu.broker.sharding import keep_shard_count
 from shiwu.broker.stray_lanes import find_stray_lanes
 from shiwu.contract import LEASES, WarningCode, printable
 from shiwu_worker.checkpoints.model_files import model_folder
+from shiwu_worker.commands.console import make_console
 from shiwu_worker.commands.gpu_check import check_gpus
 from shiwu_worker.commands.s3_check import check_s3
 from shiwu_worker.config.errors import SettingsError, exit_with, load_settings, unknown_names
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from shiwu.contract import ModelInfo
     from shiwu_worker.jobs.label_set import LabelSet
 
-PIPE_COLUMNS: Final = 160
 MIN_REDIS_VERSION: Final = (6, 2)
 EXPECTED_ERRORS: Final = (FatalError, redis.RedisError, BotoCoreError, StoreError, OSError, ValueError)
 """Errors of a check whose cause is outside the worker."""
@@ -61,8 +61,7 @@ def run_checks(*, show_all: bool, check_callbacks: Callable[[Settings], str]) ->
         show_all: print every setting by topic, with unit and default; otherwise only the changed ones.
         check_callbacks: tries Celery's connections; this package does not import Celery.
     """
-    is_terminal = sys.stdout.isatty()
-    console = Console(markup=False, emoji=False, highlight=False, width=None if is_terminal else PIPE_COLUMNS)
+    console = make_console()
     try:
         settings = load_settings()
     except SettingsError as error:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 import click
-from rich.console import Console
 from rich.table import Column, Table
 
 from shiwu.contract import printable
+from shiwu_worker.commands.console import make_console
 from shiwu_worker.jobs.tag_differences import TagDifferences
 
 SHOWN_LABELS: Final = 30
@@ -43,7 +43,7 @@ def print_differences(found: TagDifferences) -> None:
         example = next(iter(found.examples.get(label, [])), "")
         table.add_row(printable(label), *counts, printable(example))
     if labels:
-        Console(markup=False, emoji=False, highlight=False).print(table)
+        make_console().print(table)
     if len(labels) > SHOWN_LABELS:
         click.echo(f"{len(labels) - SHOWN_LABELS} labels more; --json has all")
     click.echo(f"{found.images} images: {found.same} with the same tags, {found.top1} with another first tag")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import click
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from shiwu_worker.calibration import (
@@ -22,6 +21,7 @@ from shiwu_worker.calibration import (
     evaluate,
 )
 from shiwu_worker.commands.answer_vectors import AnswerVectors, read_truth
+from shiwu_worker.commands.console import make_console
 from shiwu_worker.commands.folder_images import ImageSource, load_images
 from shiwu_worker.commands.label_templates import (
     file_with_templates,
@@ -295,7 +295,7 @@ def _print_evaluation(found: Evaluation, read: AnswerVectors, label_set: LabelSe
         average = "" if score.average_precision is None else f"{score.average_precision:.2f}"
         row = (score.label, str(score.images), _percent(score.precision), _percent(score.recall), average, taken)
         table.add_row(*row)
-    Console(markup=False, emoji=False, highlight=False).print(table)
+    make_console().print(table)
     click.echo(f"{len(read.vectors)} images, {label_set.name}; the intervals hold 95 % of what chance does")
     click.echo(f"true labels that are given:                 {_percent(found.kept)}")
     click.echo(f"images without any label that get a tag:    {_percent(found.false_tags)}")

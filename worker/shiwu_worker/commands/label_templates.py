@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from shiwu_worker.calibration import CalibrationError
 from shiwu_worker.calibration.templates import CANDIDATES, KnownImages, TemplateRow, TunedTemplates, tune_templates
 from shiwu_worker.commands.answer_vectors import AnswerVectors
+from shiwu_worker.commands.console import make_console
 
 if TYPE_CHECKING:
     from shiwu_worker.calibration import Interval
@@ -70,7 +70,7 @@ def print_templates(found: TunedTemplates, label_set: LabelSet) -> None:
     table = Table("templates", "AP", "first right", "AP aside", "first right aside", box=None)
     for row in sorted(found.single, key=lambda row: -row.chosen_on.average_precision):
         table.add_row(row.templates[0], *_cells(row))
-    Console(markup=False, emoji=False, highlight=False).print(table)
+    make_console().print(table)
     aside = "other sources" if found.is_by_source else "the same source"
     click.echo(f"chosen on {found.images} images; {found.images_aside} of {aside} kept aside; intervals of 95 %")
     for title, row in ((f"{label_set.name} has", found.own), ("chosen", found.chosen)):
