@@ -58,6 +58,19 @@ def test_the_sandbox_makes_thumbnails_in_proportion(tmp_path: Path, monkeypatch:
     assert counted == list(range(1, 8))
 
 
+def test_copies_of_an_image_have_thumbnails_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the worker's settings let loaders recognise an image: no vector takes the place of these pixels."""
+    image = pictures.png(Image.new("RGB", (90, 30), (200, 40, 40)))
+    paths = [tmp_path / f"{number}.png" for number in range(40)]
+    for path in paths:
+        path.write_bytes(image)
+    monkeypatch.setenv("SHIWU_ALLOW_FOLDERS", str(tmp_path))
+    monkeypatch.setenv("SHIWU_VECTOR_CACHE", "100")
+    made = make_thumbnails([path.as_uri() for path in paths], timeout_s=60)
+    assert made.problem is None
+    assert [opened(made.by_reference[path.as_uri()].webp).size for path in paths] == [(90, 30)] * 40
+
+
 def test_wrong_settings_are_told() -> None:
     """The reason is the last line that the command wrote."""
     made = make_thumbnails(["s3://a/b"], timeout_s=60, command=command("sys.exit('SHIWU_X: expected a number')"))

@@ -87,7 +87,7 @@ def make_thumbnails(requests: Iterable[ThumbnailRequest], settings: Settings) ->
     done: Results = queue.SimpleQueue()
     pool = LoaderPool(
         processes=min(settings.loader_count, MAX_LOADERS),
-        options=loader_options(settings, SPEC).model_copy(update={"slots": SLOTS}),
+        options=loader_options(settings, SPEC).model_copy(update={"slots": SLOTS, "known_images": 0}),
         task_timeout_s=settings.load_timeout_s,
         on_fatal=done.put,
         environment=source_environment(),
