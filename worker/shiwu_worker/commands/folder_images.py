@@ -5,11 +5,10 @@ Images of a folder are read and decoded with the limits and in the sandbox of a 
 
 from __future__ import annotations
 
-import queue
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
@@ -21,14 +20,11 @@ from shiwu.broker.chunks import chunks
 from shiwu.contract import Answer, ImageInfo, Status
 from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.commands.answer_vectors import AnswerVectors, WrongAnswers, read_vectors
+from shiwu_worker.commands.command_loaders import CommandLoaders
 from shiwu_worker.commands.loaded_labels import Loaded, load
-from shiwu_worker.commands.loader_results import Results, next_results
 from shiwu_worker.config.errors import load_settings_or_exit
 from shiwu_worker.config.types import FORMAT_ALIASES, FORMATS
-from shiwu_worker.loaders.pool import LoaderPool
 from shiwu_worker.loaders.protocol import LoadFailed, LoadTask
-from shiwu_worker.runtime.process import source_environment
-from shiwu_worker.service.factories import loader_options
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 
 if TYPE_CHECKING:
@@ -40,11 +36,6 @@ SUFFIXES: Final = frozenset(f".{name.lower()}" for name in (*FORMATS, *FORMAT_AL
 MAX_IMAGES: Final = 200_000
 SLOTS: Final = 64
 """Images that are decoded at a time."""
-MAX_LOADERS: Final = 4
-READY_S: Final = 60.0
-STOP_S: Final = 5.0
-QUIET_LOADS: Final = 3
-"""Deadlines of a load without any result. The pool tries a late image once more and alone, so two are possible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +64,9 @@ def load_images(
         return loaded, read_vectors(source.answers, model=loaded.model)
     files = image_files(source.folder)
     settings = load_settings_or_exit()
-    # The loaders start before the model, whose libraries they must not inherit.
-    with _Loaders(settings, source.folder).running() as loaders:
+    loaders = _loaders(settings, source.folder)
+    # The loaders start before the model, whose libraries they must not inherit. Their log is no output of the command.
+    with redirect_stdout(sys.stderr), loaders.running():
         loaded = load(names, has_calibrations=has_calibrations)
         return loaded, _encode(files, source.folder.resolve(), loaders, loaded)
 
@@ -98,59 +90,37 @@ def image_files(folder: Path) -> list[Path]:
     return found
 
 
-class _Loaders:
+def _loaders(settings: Settings, folder: Path) -> CommandLoaders:
     """Loader processes that may read one folder and nothing else."""
-
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        allowed = settings.model_copy(update={"allow_folders": (folder.resolve(),), "deny_folders": ()})
-        spec = read_image_spec(model_folder(settings.model))
-        self._timeout_s = QUIET_LOADS * settings.load_timeout_s
-        self._done: Results = queue.SimpleQueue()
-        self._pool = LoaderPool(
-            processes=min(settings.loader_count, MAX_LOADERS),
-            options=loader_options(allowed, spec).model_copy(update={"slots": SLOTS, "known_images": 0}),
-            task_timeout_s=settings.load_timeout_s,
-            on_fatal=self._done.put,
-            environment=source_environment(),
-        )
-
-    @contextmanager
-    def running(self) -> Iterator[_Loaders]:
-        """Start the processes, and end them."""
-        self._pool.subscribe(self._done.put)
-        with redirect_stdout(sys.stderr):  # the log of the pool
-            self._pool.start()
-            try:
-                self._pool.wait_ready(READY_S)
-                yield self
-            finally:
-                self._pool.close(STOP_S)
-
-    def load(self, files: Sequence[Path]) -> tuple[NDArray[np.uint8], list[str | None]]:
-        """The pixels (n, h, w, 3) of up to SLOTS files that can be decoded, and for each file its error code or None.
-
-        Raises:
-            FatalError: the loader processes cannot be kept running.
-        """
-        self._pool.submit(
-            [LoadTask(ticket=slot, slot=slot, image=path.as_uri(), source="file:") for slot, path in enumerate(files)]
-        )
-        codes: dict[int, str | None] = {}
-        while len(codes) < len(files):
-            for result in next_results(self._done, timeout_s=self._timeout_s):
-                codes[result.slot] = str(result.error.code) if isinstance(result, LoadFailed) else None
-        found = [codes[slot] for slot in range(len(files))]
-        return self._pool.pixels[[slot for slot, code in enumerate(found) if code is None]], found
+    allowed = settings.model_copy(update={"allow_folders": (folder.resolve(),), "deny_folders": ()})
+    return CommandLoaders(allowed, read_image_spec(model_folder(settings.model)), slots=SLOTS)
 
 
-def _encode(files: Sequence[Path], root: Path, loaders: _Loaders, loaded: Loaded) -> AnswerVectors:
+def _load(loaders: CommandLoaders, files: Sequence[Path]) -> tuple[NDArray[np.uint8], list[str | None]]:
+    """The pixels (n, h, w, 3) of up to SLOTS files that can be decoded, and for each file its error code or None.
+
+    Raises:
+        FatalError: the loader processes cannot be kept running.
+    """
+    loaders.submit(
+        [LoadTask(ticket=slot, slot=slot, image=path.as_uri(), source="file:") for slot, path in enumerate(files)]
+    )
+    codes: dict[int, str | None] = {}
+    while len(codes) < len(files):
+        for result in loaders.next_results():
+            codes[result.slot] = str(result.error.code) if isinstance(result, LoadFailed) else None
+    found = [codes[slot] for slot in range(len(files))]
+    return loaders.pixels[[slot for slot, code in enumerate(found) if code is None]], found
+
+
+def _encode(files: Sequence[Path], root: Path, loaders: CommandLoaders, loaded: Loaded) -> AnswerVectors:
     """The vectors of these files, by their paths in the folder. Prints how many cannot be decoded and are left out."""
     vectors: list[NDArray[np.float32]] = []
     answers: list[Answer] = []
     left_out: Counter[str] = Counter()
     with click.progressbar(length=len(files), label="images", file=sys.stderr) as bar:
         for portion in chunks(files, SLOTS):
-            pixels, codes = loaders.load(portion)
+            pixels, codes = _load(loaders, portion)
             if len(pixels):
                 vectors.append(loaded.encode_images(pixels))
             for path, code in zip(portion, codes, strict=True):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import queue
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
@@ -22,14 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shiwu.contract import ErrorCode, reference_error
-from shiwu_worker.commands.loader_results import Results, next_results
+from shiwu_worker.commands.command_loaders import CommandLoaders
 from shiwu_worker.config.errors import load_settings_or_exit
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import FatalError
-from shiwu_worker.loaders.pool import LoaderPool
-from shiwu_worker.loaders.protocol import Loaded, LoadFailed, LoadResult, LoadTask, Recognised
-from shiwu_worker.runtime.process import source_environment
-from shiwu_worker.service.factories import loader_options
+from shiwu_worker.loaders.protocol import Loaded, LoadFailed, LoadTask
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 
 SIDE_PX: Final = 160
@@ -38,11 +34,6 @@ QUALITY: Final = 72
 """Of WebP, 0 to 100; a photograph takes some 5 kB."""
 SLOTS: Final = 32
 """References that are fetched and decoded at a time."""
-MAX_LOADERS: Final = 4
-QUIET_LOADS: Final = 3
-"""Deadlines of a load without any result. The pool tries a late image once more and alone, so two are possible."""
-READY_S: Final = 60.0
-STOP_S: Final = 5.0
 SPEC: Final = ImageSpec(
     width=SIDE_PX,
     height=SIDE_PX,
@@ -84,30 +75,16 @@ def make_thumbnails(requests: Iterable[ThumbnailRequest], settings: Settings) ->
     Raises:
         FatalError: the loader processes cannot be kept running.
     """
-    done: Results = queue.SimpleQueue()
-    pool = LoaderPool(
-        processes=min(settings.loader_count, MAX_LOADERS),
-        options=loader_options(settings, SPEC).model_copy(update={"slots": SLOTS, "known_images": 0}),
-        task_timeout_s=settings.load_timeout_s,
-        on_fatal=done.put,
-        environment=source_environment(),
-    )
-    pool.subscribe(done.put)
-    pool.start()
-    try:
-        pool.wait_ready(READY_S)
-        yield from _Loading(pool, done, timeout_s=QUIET_LOADS * settings.load_timeout_s).run(requests)
-    finally:
-        pool.close(STOP_S)
+    loaders = CommandLoaders(settings, SPEC, slots=SLOTS)
+    with loaders.running():
+        yield from _Loading(loaders).run(requests)
 
 
 class _Loading:
-    """Keeps the slots of a pool filled."""
+    """Keeps the slots of the loaders filled."""
 
-    def __init__(self, pool: LoaderPool, done: Results, *, timeout_s: float) -> None:
-        self._pool = pool
-        self._done = done
-        self._timeout_s = timeout_s
+    def __init__(self, loaders: CommandLoaders) -> None:
+        self._loaders = loaders
         self._free = list(range(SLOTS))
         self._numbers: dict[int, int] = {}
         """Ticket → number of the request."""
@@ -120,26 +97,24 @@ class _Loading:
             while not self._free:
                 yield from self._replies()
             self._numbers[ticket] = request.number
-            self._pool.submit([LoadTask(ticket=ticket, slot=self._free.pop(), image=request.image)])
+            self._loaders.submit([LoadTask(ticket=ticket, slot=self._free.pop(), image=request.image)])
         while self._numbers:
             yield from self._replies()
 
     def _replies(self) -> Iterator[ThumbnailReply]:
-        for result in next_results(self._done, timeout_s=self._timeout_s):
+        for result in self._loaders.next_results():
             number = self._numbers.pop(result.ticket)
-            yield _reply(number, result, self._pool.pixels[result.slot])
+            yield _reply(number, result, self._loaders.pixels[result.slot])
             self._free.append(result.slot)
 
 
-def _reply(number: int, result: LoadResult, pixels: NDArray[np.uint8]) -> ThumbnailReply:
+def _reply(number: int, result: Loaded | LoadFailed, pixels: NDArray[np.uint8]) -> ThumbnailReply:
     match result:
         case LoadFailed(error=error):
             return ThumbnailReply(number=number, code=str(error.code))
         case Loaded(width=width, height=height, sha256=sha256):
             webp = to_webp(pixels, width=width, height=height)
             return ThumbnailReply(number=number, webp=base64.b64encode(webp).decode(), sha256=sha256)
-        case Recognised():
-            raise AssertionError("unreachable: these loaders decode every image")
 
 
 def to_webp(pixels: NDArray[np.uint8], *, width: int, height: int) -> bytes:
