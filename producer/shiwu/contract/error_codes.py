@@ -221,7 +221,7 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
         ),
         ErrorCode.INTERNAL_ERROR: _failed(
             "The worker met an error that it does not know. This says nothing about the image.",
-            "Read the worker's log line `source_failed`, report the defect, and requeue after an upgrade.",
+            "Read the worker's log line `source_failed` or `batch_failed`, report it, requeue after an upgrade.",
             retry=Retry.DEFAULT,
             log_level="error",
         ),

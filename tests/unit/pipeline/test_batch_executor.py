@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from shiwu.contract import ErrorCode, Lane
+from shiwu.contract import ErrorCode, Lane, Stage
 from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, NonFiniteError, WrongVectors
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.timestamps import StageTimestamps
@@ -41,6 +41,8 @@ class Device:
         self.error: Exception | None = None
         self.launch_error: Exception | None = None
         self.exact_error: Exception | None = None
+        self.unscorable: set[str] = set()
+        self.score_calls: list[int] = []
         self.batches: list[int] = []
         self.exact: list[int] = []
         self.caps: list[int] = []
@@ -83,6 +85,9 @@ class Device:
         """As the scorer: a vector for each job."""
         if len(jobs) != len(vectors):
             raise WrongVectors(f"expected {len(jobs)}, got {len(vectors)}")
+        self.score_calls.append(len(jobs))
+        if self.unscorable & {job.id for job in jobs}:
+            raise KeyError("a defect")
         for job, vector in zip(jobs, vectors, strict=True):
             self.scored[job.id] = float(vector[0])
 
@@ -227,6 +232,48 @@ def test_device_lost_at_any_operation_fails_no_job(
         run()
     assert caught.value.exit_code is ExitCode.DEVICE
     assert not any(job.error for job in device.jobs)
+
+
+def test_defect_in_scoring_says_nothing_about_the_image() -> None:
+    """The job is retried; the others of its batch get their tags."""
+    device = Device(8)
+    device.unscorable = {"j3"}
+    device.run()
+    assert device.failed() == {"j3": ErrorCode.INTERNAL_ERROR}
+    error = device.jobs[3].error
+    assert error is not None
+    assert (error.stage, error.retryable) == (Stage.SCORE, True)
+    assert "KeyError" in error.message
+
+
+def test_job_whose_vector_cannot_be_kept_has_an_error_alone() -> None:
+    """Jobs with the same image would wait for it; the answer has no tags beside the error."""
+    device = Device(2)
+    model: Any = device
+
+    def keep(jobs: Sequence[Job], _: Vectors) -> None:
+        for job in jobs:
+            job.tags = ()
+        raise MemoryError
+
+    executor = BatchExecutor(model, model, pixels=device.pixels, on_encoded=keep)
+    executor.finish(executor.launch(device.jobs))
+    assert set(device.failed().values()) == {ErrorCode.INTERNAL_ERROR}
+    assert [job.tags for job in device.jobs] == [None, None]
+
+
+def test_job_with_a_known_vector_costs_no_other_its_tags() -> None:
+    """A defect in scoring one of them is found by halving, without the device."""
+    device = Device(8)
+    device.unscorable = {"j5"}
+    model: Any = device
+    for job in device.jobs:
+        job.shared_vector = np.array([job.slot], np.float32)
+    BatchExecutor(model, model, pixels=device.pixels).score_known(device.jobs)
+    assert device.failed() == {"j5": ErrorCode.INTERNAL_ERROR}
+    assert device.score_calls == [8, 4, 4, 2, 1, 1, 2]
+    assert device.batches == []
+    assert all(job.scored_s > 0 for job in device.jobs)
 
 
 def test_batch_size_is_that_of_the_batch_with_the_answer() -> None:

@@ -177,7 +177,7 @@ class Job(msgspec.Struct, eq=False):
     def fail(self, error: ErrorInfo) -> None:
         """End without tags; the status follows from the code."""
         self.error = error
-        self.cache = None
+        self.tags = self.embedding = self.vector = self.cache = None
         self.status = status_of(error.code)
 
     def expiry(self, now_s: float) -> ErrorInfo | None:

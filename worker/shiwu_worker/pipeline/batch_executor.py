@@ -2,7 +2,7 @@
 
 Out of memory: the batch is halved, and no later batch is as large. Vectors that are not finite, or too few: the images
 are encoded one by one in FP32. A lost device: the process ends. Any other error: the batch is halved until one image is
-left, which gets the error.
+left, which gets the error. An error of scoring is a defect of the worker and says nothing about the image.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from shiwu_worker.stages.score.scorer import Scorer
 
 log: FilteringBoundLogger = structlog.get_logger()
+
+
+class _ScoringFailed(Exception):
+    """Scoring raised the error that is the cause of this one."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"scoring failed ({type(error).__name__}: {error!s:.200})")
+        self.__cause__ = error
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +104,27 @@ class BatchExecutor:
             self._encoder.learn(launched.in_flight, host_s=time.thread_time() - cpu_from_s)
 
     def score_known(self, jobs: Sequence[Job]) -> None:
-        """Score jobs whose vectors are known. Each then has its tags or an error."""
-        vectors = np.stack([job.shared_vector for job in jobs if job.shared_vector is not None])
+        """Score jobs whose vectors are known. Each then has its tags or its own error."""
         now_s = time.monotonic()
         for job in jobs:
             job.moments.encode_from_s = job.moments.score_from_s = now_s
-        try:
-            self._scorer.score(jobs, vectors)
-        except Exception as error:  # noqa: BLE001 border: an error here must not end the thread
-            for job in jobs:
-                _fail(job, error)
+        self._score_known(jobs)
         scored_s = time.monotonic()
         for job in jobs:
             job.scored_s = scored_s
+
+    def _score_known(self, jobs: Sequence[Job]) -> None:
+        try:
+            vectors = np.stack([job.shared_vector for job in jobs if job.shared_vector is not None])
+            self._scorer.score(jobs, vectors)
+        except Exception as error:  # noqa: BLE001 border: an error here must not end the thread
+            failed, half = _ScoringFailed(error), len(jobs) // 2
+            _log_failure(jobs, failed)
+            if half:
+                self._score_known(jobs[:half])
+                self._score_known(jobs[half:])
+            else:
+                _fail(jobs[0], failed, DeviceErrorKind.OTHER)
 
     def _collect(self, launched: LaunchedBatch) -> NDArray[float32]:
         if launched.in_flight is None:
@@ -143,15 +159,20 @@ class BatchExecutor:
         for job in jobs:
             job.moments.encode_from_s, job.moments.score_from_s = started_s, encoded_s
             job.batch_size = len(jobs)
-        self._scorer.score(jobs, vectors)
-        scored_s = time.monotonic()
-        for job in jobs:
-            job.scored_s = scored_s
-        self._on_encoded(jobs, vectors)
+        try:
+            self._scorer.score(jobs, vectors)
+            scored_s = time.monotonic()
+            for job in jobs:
+                job.scored_s = scored_s
+            self._on_encoded(jobs, vectors)
+        except WrongVectors:
+            raise
+        except Exception as error:
+            raise _ScoringFailed(error) from error
 
     def _handle(self, error: Exception, jobs: Sequence[Job]) -> None:
         kind = self._kind_unless_lost(error)
-        log.warning("batch_failed", size=len(jobs), error=str(error)[:300], kind=type(error).__name__)
+        _log_failure(jobs, error)
         half = len(jobs) // 2
         if kind is DeviceErrorKind.OUT_OF_MEMORY and half:
             self._encoder.size_policy.lower(half)
@@ -182,10 +203,26 @@ class BatchExecutor:
         return kind
 
 
-def _fail(job: Job, error: Exception, kind: DeviceErrorKind = DeviceErrorKind.OTHER) -> None:
-    if kind is DeviceErrorKind.OUT_OF_MEMORY:
+def _log_failure(jobs: Sequence[Job], error: Exception) -> None:
+    """Log an error of a batch; with its traceback where it is a defect that one job has found."""
+    is_defect = len(jobs) == 1 and isinstance(error, _ScoringFailed)
+    (log.error if is_defect else log.warning)(
+        "batch_failed",
+        size=len(jobs),
+        error=str(error)[:300],
+        kind=type(error.__cause__ if isinstance(error, _ScoringFailed) else error).__name__,
+        exc_info=error if is_defect else None,
+    )
+
+
+def _fail(job: Job, error: Exception, kind: DeviceErrorKind) -> None:
+    """Give a job that was alone its error."""
+    if isinstance(error, _ScoringFailed):
+        info = ErrorInfo(code=ErrorCode.INTERNAL_ERROR, message=str(error), stage=Stage.SCORE, retryable=True)
+    elif kind is DeviceErrorKind.OUT_OF_MEMORY:
         text = "the device ran out of memory with this picture alone; something else uses it, or it is too small"
-        job.fail(ErrorInfo(code=ErrorCode.OUT_OF_MEMORY, message=text, stage=Stage.ENCODE, retryable=True))
-        return
-    text = f"the model failed on this picture ({type(error).__name__}: {error!s:.200})"
-    job.fail(ErrorInfo(code=ErrorCode.ENCODE_FAILED, message=text, stage=Stage.ENCODE))
+        info = ErrorInfo(code=ErrorCode.OUT_OF_MEMORY, message=text, stage=Stage.ENCODE, retryable=True)
+    else:
+        text = f"the model failed on this picture ({type(error).__name__}: {error!s:.200})"
+        info = ErrorInfo(code=ErrorCode.ENCODE_FAILED, message=text, stage=Stage.ENCODE)
+    job.fail(info)
