@@ -12,6 +12,7 @@ from PIL import Image
 
 from shiwu_worker.errors import Rejected
 from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.stages.decode import decoder as module
 from shiwu_worker.stages.decode.decoder import decode, warm
 from shiwu_worker.stages.decode.exif import exif_orientation
 from shiwu_worker.stages.decode.image_spec import ImageSpec
@@ -119,6 +120,19 @@ def test_fast_resize_is_within_a_few_levels_of_pillow(size: tuple[int, int], res
     difference = np.abs(fast - exact)
     assert difference.max() <= 5
     assert difference.mean() <= 0.5
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "AVIF"])
+def test_defect_after_the_decoder_is_not_the_image(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pixels are there, so `picture_broken` would be wrong; the job is retried."""
+    warm()
+
+    def resize(*_: object, **__: object) -> None:
+        raise TypeError("a defect")
+
+    monkeypatch.setattr(module, "model_pixels", resize)
+    with pytest.raises(TypeError, match="a defect"):
+        decode(pictures.saved(Image.new("RGB", (80, 60), (9, 90, 9)), kind), spec=SPEC, limits=LIMITS)
 
 
 def test_every_variant_is_decoded_or_gives_its_code() -> None:

@@ -103,14 +103,6 @@ def decode(
                 max_pixels=limits.max_pixels,
                 check_size=lambda frame: _check_size(*frame.size, limits),
             )
-            size = size if extent else rgb.size  # a frame of a GIF may be larger than its screen
-            orientation = exif_orientation(opened.exif)
-            if orientation in SIDEWAYS:
-                size = size[1], size[0]
-            _check_size(*size, limits)
-            pixels = model_pixels(
-                rgb, spec, extent=extent or rgb.size, orientation=orientation, size=size, is_exact=is_exact
-            )
         except (MemoryError, Rejected):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -118,6 +110,15 @@ def decode(
         except Exception as error:  # border: a decoder may raise any error on hostile bytes
             require_memory(DECODER_BYTES_PER_PIXEL * header_pixels)
             raise broken(f"expected a whole {format_name} image ({type(error).__name__}: {error!s:.120})") from error
+        # All pixels are decoded now, so another error is a defect of the worker and says nothing about the image.
+        size = size if extent else rgb.size  # a frame of a GIF may be larger than its screen
+        orientation = exif_orientation(opened.exif)
+        if orientation in SIDEWAYS:
+            size = size[1], size[0]
+        _check_size(*size, limits)
+        pixels = model_pixels(
+            rgb, spec, extent=extent or rgb.size, orientation=orientation, size=size, is_exact=is_exact
+        )
     return pixels, DecodedInfo(format_name, *size)
 
 
