@@ -119,9 +119,12 @@ class LabelReloader:
                 if each.label_set == default:
                     self._check_default(each)
             self._bank.install(sets, encoded)
-        except (FatalError, ValueError) as error:
+        except Exception as error:  # border: without its thread no later change of the files would be seen
             log.error(
-                "label_sets_not_reloaded", error=str(error), meaning="the worker goes on with the sets that it has"
+                "label_sets_not_reloaded",
+                error=str(error),
+                meaning="the worker goes on with the sets that it has",
+                exc_info=not isinstance(error, FatalError | ValueError | OSError),
             )
             self._on_end(False)
         else:
