@@ -37,6 +37,14 @@ def test_tune_file_replaces_unset_settings(tmp_path: Path) -> None:
     assert (found.max_batch, found.torch_threads, found.loaders) == (4, 3, 7)
 
 
+@pytest.mark.parametrize("name", ["none", "x" * 300, "a_file/tune.json"])
+def test_tune_file_that_cannot_be_there_changes_nothing(tmp_path: Path, name: str) -> None:
+    """A worker starts without it, whatever the system says of its path."""
+    (tmp_path / "a_file").touch()
+    settings = Settings(tune_file=tmp_path / name)
+    assert apply_tuning(settings, lambda: pytest.fail("expected no file")) == settings
+
+
 OTHER_MACHINE = '{"key": ["other"], "max_batch": 1, "torch_threads": 1, "loaders": 1}'
 
 

@@ -85,6 +85,7 @@ WRONG = [
     ("FORMATS", "PDF", "SHIWU_FORMATS: expected formats of"),
     ("REVOKE", "maybe", "SHIWU_REVOKE: expected true or false, got 'maybe'"),
     ("READY_FILE", "/no/such/folder/ready", "SHIWU_READY_FILE: expected a file in a folder that exists"),
+    ("READY_FILE", f"/{'x' * 300}/ready", "SHIWU_READY_FILE: expected a file in a folder that exists"),
     ("READY_FILE", "/proc/self/exe", "SHIWU_READY_FILE: expected a file, got the link /proc/self/exe"),
     ("ALIVE_FILE", "/proc/self/exe", "SHIWU_ALIVE_FILE: expected a file, got the link /proc/self/exe"),
     ("ALIVE_FILE", "/tmp", "SHIWU_ALIVE_FILE: expected a file, got the folder /tmp"),  # noqa: S108 nothing is written

@@ -19,6 +19,7 @@ from shiwu_worker.service import bootstrap
         ("labels: [猫", {}, "YAML"),
         ("name: x\nlabels: [猫, 狗]", {"default_labels": "y"}, "SHIWU_DEFAULT_LABELS"),
         ("", {"labels_dir": Path("/no/such")}, "SHIWU_LABELS_DIR: expected a folder of label sets, got /no/such"),
+        ("", {"labels_dir": Path(f"/{'x' * 300}")}, "SHIWU_LABELS_DIR: expected a folder of label sets, got /xxx"),
     ],
 )
 def test_label_errors_end_the_start_before_the_model(

@@ -82,6 +82,14 @@ def test_files_are_read_whatever_the_case_of_their_suffix(tmp_path: Path, name: 
     assert load_label_sets([tmp_path])["颜色"].words == ("红", "no", "红，绿", "1")
 
 
+@pytest.mark.parametrize("name", ["none", "a_file", "x" * 300])
+def test_folder_that_cannot_be_read_is_an_error_of_its_own(tmp_path: Path, name: str) -> None:
+    """Not one of the system, which would end a worker without a reason for the operator."""
+    (tmp_path / "a_file").touch()
+    with pytest.raises(ValueError, match="expected a folder of label sets that can be read"):
+        load_label_sets([tmp_path / name])
+
+
 def test_two_files_of_a_folder_with_one_name_are_rejected(tmp_path: Path) -> None:
     """The later one would win without a word; in another folder it replaces the set on purpose."""
     first, second = tmp_path / "1", tmp_path / "2"

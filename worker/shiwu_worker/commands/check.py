@@ -70,7 +70,7 @@ def run_checks(*, show_all: bool, check_callbacks: Callable[[Settings], str]) ->
     warnings += [
         f"SHIWU_ALLOW_FOLDERS: {path} is not a folder on this machine"
         for path in settings.allow_folders
-        if not path.is_dir()
+        if not os.path.isdir(path)
     ]
     checks: list[tuple[str, Callable[[Settings], Report | str]]] = [
         ("settings", lambda _: Report(f"{len(changed_settings(settings))} differ from their defaults", (*warnings,))),

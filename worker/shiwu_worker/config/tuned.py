@@ -58,10 +58,12 @@ def apply_tuning(settings: Settings, revision: Callable[[], str]) -> Settings:
         revision: returns the revision of the model; called only if there is a file, because it reads all weights.
     """
     path = settings.tune_file
-    if path is None or not path.exists():
+    if path is None:
         return settings
     try:
         tuned = Tuned.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return settings
     except (OSError, ValidationError) as error:
         log.warning("tune_file_unreadable", path=str(path), kind=type(error).__name__)
         return settings

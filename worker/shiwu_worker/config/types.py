@@ -84,18 +84,19 @@ def check_output_file(path: Path) -> Path:
     Raises:
         ValueError: it cannot; the text says why.
     """
+    # By os.path, because methods of Path raise OSError for a folder that this user may not search.
     folder = path.parent
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"expected a file, got the folder {path}")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"expected a file in a folder that exists, got {path}; make the folder {folder}")
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise ValueError(f"expected a file that this user may write, got {path}")
     return path
 
 
 def _check_probe_file(path: Path) -> Path:
-    if path.is_symlink():
+    if os.path.islink(path):
         raise ValueError(f"expected a file, got the link {path}, which the worker does not follow; remove the link")
     return check_output_file(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -39,7 +40,7 @@ def read_label_sets(settings: Settings, *, has_calibrations: bool = True) -> dic
     Raises:
         FatalError: with ExitCode.CONFIG when a file is wrong, or a set that a setting names is missing.
     """
-    if settings.labels_dir is not None and not settings.labels_dir.is_dir():
+    if settings.labels_dir is not None and not os.path.isdir(settings.labels_dir):
         text = f"SHIWU_LABELS_DIR: expected a folder of label sets, got {settings.labels_dir}"
         raise FatalError(ExitCode.CONFIG, text)
     folders = [OWN_LABEL_SETS, *([settings.labels_dir] if settings.labels_dir else [])]

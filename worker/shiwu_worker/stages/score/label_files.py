@@ -116,10 +116,8 @@ def load_label_sets(folders: Sequence[Path], *, has_calibrations: bool = True) -
     """
     sets: dict[str, LabelSet] = {}
     for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: expected a folder of label sets")
         files: dict[str, Path] = {}
-        for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
+        for path in _label_files(folder):
             label_set = load_label_set(path, has_calibration=has_calibrations)
             name = str(label_set.name)
             if other := files.get(name):
@@ -127,6 +125,19 @@ def load_label_sets(folders: Sequence[Path], *, has_calibrations: bool = True) -
             files[name] = path
             sets[name] = label_set
     return sets
+
+
+def _label_files(folder: Path) -> list[Path]:
+    """The YAML files of a folder, by name.
+
+    Raises:
+        ValueError: it is no folder, or cannot be read.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    except OSError as error:
+        text = f"{folder}: expected a folder of label sets that can be read ({error.strerror})"
+        raise ValueError(text) from error
 
 
 def load_label_set(path: Path, *, has_calibration: bool = True) -> LabelSet:
@@ -161,7 +172,7 @@ def read_calibrations(folder: Path) -> dict[str, LabelSet | ValueError]:
         ValueError: names a label file and the error in it.
     """
     found: dict[str, LabelSet | ValueError] = {}
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
+    for path in _label_files(folder):
         plain = load_label_set(path, has_calibration=False)
         if plain.rules is None:
             continue
