@@ -17,12 +17,14 @@ from shiwu_worker.errors import ExitCode
 from shiwu_worker.health.probe_files import ProbeFiles
 from shiwu_worker.launcher.gpus import UnknownGpu
 from shiwu_worker.launcher.placement import Placement, PlacementError, plan_placements
-from shiwu_worker.launcher.supervisor import AFTER_GRACE_S, RestartPolicy, Supervisor
+from shiwu_worker.launcher.supervisor import RestartPolicy, Supervisor
 from shiwu_worker.runtime.nvidia import fault_of
 
 MIN_HUNG_S: Final = 60.0
 HUNG_TIMEOUTS: Final = 12
 """A worker that waits for Redis touches its alive file at least once in this many of its time-outs."""
+LOADERS_END_S: Final = 5.0
+TRACES_END_S: Final = 3.0
 
 
 class RunWorker(Protocol):
@@ -62,15 +64,22 @@ def start_workers(settings: Settings, *, gpus: str, per_gpu: int, run: RunWorker
     return int(ExitCode.OK)
 
 
+def after_grace_s(settings: Settings) -> float:
+    """How long a worker may take after its grace time; the chart counts the same."""
+    return 2 * settings.redis_timeout_s + LOADERS_END_S + TRACES_END_S
+
+
 def _launch(settings: Settings, placements: Sequence[Placement], command: WorkerCommand) -> int:
-    drain_s = settings.grace_s + AFTER_GRACE_S
+    drain_s = settings.grace_s + after_grace_s(settings)
     hung_after_s = max(MIN_HUNG_S, HUNG_TIMEOUTS * settings.redis_timeout_s)
     probe_files = ProbeFiles(ready_file=settings.ready_file, alive_file=settings.alive_file)
     with tempfile.TemporaryDirectory(prefix="shiwu-") as folder:
         return Supervisor(
             [_with_alive_file(placement, Path(folder)) for placement in placements],
             command=lambda placement: command(node=placement.node, cpus=placement.cpus, drain_s=drain_s),
-            restart_policy=RestartPolicy(drain_s=drain_s, hung_after_s=hung_after_s),
+            restart_policy=RestartPolicy(
+                drain_s=drain_s, after_grace_s=after_grace_s(settings), hung_after_s=hung_after_s
+            ),
             probe_files=probe_files,
             fault_of=fault_of,
             has_files=settings.labels_dir is not None,

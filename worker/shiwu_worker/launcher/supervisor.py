@@ -28,8 +28,6 @@ from shiwu_worker.launcher.placement import Placement
 log: FilteringBoundLogger = structlog.get_logger()
 PROBE_FILES_EVERY_S: Final = 1.0
 """Interval of the updates of the probe files."""
-AFTER_GRACE_S: Final = 18.0
-"""Added to the grace time of a worker: two Redis time-outs to release jobs, 5 s for loaders, 3 s for traces."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -50,6 +48,8 @@ class RestartPolicy:
     """A worker that has not touched its alive file for this long is killed."""
     drain_s: float
     """Time from the first signal until workers are killed."""
+    after_grace_s: float = 18.0
+    """The part of it after the grace time, which workers also have after a second signal."""
 
 
 class WorkerProcess:
@@ -281,7 +281,7 @@ class Supervisor:
             self._shut_down(ExitCode.OK)
             return
         # A second signal makes a worker release its jobs immediately.
-        self._kill_at_s = min(self._kill_at_s, time.monotonic() + AFTER_GRACE_S)
+        self._kill_at_s = min(self._kill_at_s, time.monotonic() + self._restart_policy.after_grace_s)
         self._signal_all(signal.SIGTERM)
 
     def _shut_down(self, code: ExitCode) -> None:
@@ -303,7 +303,7 @@ class Supervisor:
         overdue = [worker.placement.name for worker in self._workers if worker.is_running]
         log.error("workers_overdue", workers=overdue, after_s=self._restart_policy.drain_s)
         self._code = self._code or int(ExitCode.OVERDUE)
-        self._kill_at_s = time.monotonic() + AFTER_GRACE_S
+        self._kill_at_s = time.monotonic() + self._restart_policy.after_grace_s
         self._signal_all(signal.SIGKILL)
 
     def _pause_s(self) -> float:
