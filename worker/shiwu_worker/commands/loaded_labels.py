@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,10 +122,13 @@ def write_file(output: Path, text: str) -> None:
     Raises:
         FatalError: with ExitCode.CONFIG, when it cannot be written.
     """
+    part = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=output.parent, encoding="utf-8", delete=False) as part:
-            part.write(text)
-        os.chmod(part.name, 0o644)
-        os.replace(part.name, output)
+        part.write_text(text, encoding="utf-8")
+        part.chmod(0o644)  # a worker often runs as another user
+        part.replace(output)
     except OSError as error:
         raise FatalError(ExitCode.CONFIG, f"{output}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
