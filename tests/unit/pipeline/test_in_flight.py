@@ -170,6 +170,22 @@ def test_earlier_attempt_stays_when_another_is_removed() -> None:
     assert (len(in_flight), rooms(in_flight)) == (0, Room(3, 2))
 
 
+def test_one_id_from_two_shards_leaves_its_room_behind() -> None:
+    """A producer may send one id to two shards; if both are claimed together, one of them counts."""
+    in_flight = InFlightJobs(slots=8, wanted=lambda: 8)
+    before = rooms(in_flight)
+    for _ in range(20):
+        first, second = jobs(1, lane=Lane.BULK), jobs(1, lane=Lane.BULK)
+        second[0].shard = 1
+        both = [*first, *second]
+        in_flight.add(both, both)
+        assert in_flight.ids() == ["bulk0"]
+        in_flight.free_slots(both)
+        for ended in (first, second):
+            in_flight.remove(ended)
+        assert rooms(in_flight) == before
+
+
 def test_ids_are_listed_oldest_first() -> None:
     """As `in`, iteration and length see them."""
     in_flight = InFlightJobs(slots=3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from shiwu.contract import Lane
@@ -90,9 +90,10 @@ class InFlightJobs:
         A job whose earlier attempt is still in flight is not added.
         """
         with self._changed:
-            new = [job for job in jobs if job.id not in self._jobs]
-            self._jobs.update((job.id, job) for job in new)
-            self._bulk_jobs += _bulk_count(new)
+            # One of each id: a producer may have sent an id to two shards, whose jobs come together.
+            new = {job.id: job for job in jobs if job.id not in self._jobs}
+            self._jobs.update(new)
+            self._bulk_jobs += _bulk_count(new.values())
             for job in to_load:
                 job.slot = self._free.pop()
             self._bulk_slots += _bulk_count(to_load)
@@ -212,7 +213,7 @@ class InFlightJobs:
             self._changed.notify_all()
 
 
-def _bulk_count(jobs: Sequence[Job]) -> int:
+def _bulk_count(jobs: Iterable[Job]) -> int:
     return [job.lane for job in jobs].count(Lane.BULK)
 
 
