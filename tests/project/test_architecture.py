@@ -75,6 +75,22 @@ def test_front_doors_are_those_of_the_import_contracts() -> None:
     }
 
 
+def test_floors_are_those_of_the_import_contracts() -> None:
+    """Each row of the table of floors is a layer of the contract, from top to bottom, for both packages."""
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = {
+        contract["containers"][0]: [set(layer.split(" | ")) for layer in contract["layers"]]
+        for contract in config["contracts"]
+        if contract["type"] == "layers"
+    }
+    table = PAGE.read_text(encoding="utf-8").split("| floor | packages |")[1].split("\n\n")[0]
+    *rows, below = [line.split("|")[2] for line in table.splitlines()[2:]]
+    own, _, shared = below.partition("the shared package:")
+    named = [set(re.findall(r"`(\w+)`", row)) for row in (*rows, own)]
+    assert named == layers["shiwu_worker"]
+    assert [set(re.findall(r"`(\w+)`", row)) for row in shared.split(">")] == layers["shiwu"]
+
+
 def test_docstring_of_a_package_names_its_front_door() -> None:
     """Each module of the table stands in the docstring of its package."""
     for package, doors in front_doors().items():
