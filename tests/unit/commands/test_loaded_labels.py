@@ -11,7 +11,7 @@ from shiwu_worker.errors import ExitCode, FatalError
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    """It replaces an older one, everybody may read it, and nothing stays of a file that could not be written."""
+    """It replaces an older one, all users may read it, and nothing stays of a file that could not be written."""
     output = tmp_path / "labels.yaml"
     for text in ("name: a", "name: 猫"):
         write_file(output, text)
