@@ -23,8 +23,9 @@ from shiwu_worker.commands.answer_vectors import AnswerVectors, WrongAnswers, re
 from shiwu_worker.commands.command_loaders import CommandLoaders
 from shiwu_worker.commands.loaded_labels import Loaded, load
 from shiwu_worker.config.errors import load_settings_or_exit
-from shiwu_worker.config.types import FORMAT_ALIASES, FORMATS
+from shiwu_worker.config.types import FORMAT_ALIASES
 from shiwu_worker.loaders.protocol import LoadFailed, LoadTask
+from shiwu_worker.stages.decode.image_formats import READABLE
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from shiwu_worker.config.settings import Settings
 
-SUFFIXES: Final = frozenset(f".{name.lower()}" for name in (*FORMATS, *FORMAT_ALIASES))
+SUFFIXES: Final = frozenset(f".{name.lower()}" for name in (*READABLE, *FORMAT_ALIASES))
 MAX_IMAGES: Final = 200_000
 SLOTS: Final = 64
 """Images that are decoded at a time."""

@@ -15,6 +15,7 @@ from pydantic_settings import NoDecode
 
 from shiwu.contract import RETRIABLE, ErrorCode, Lane, printable
 from shiwu.network.address_rules import checked, read_host, read_nat64, read_network
+from shiwu_worker.stages.decode.image_formats import READABLE
 
 
 def _has_otel(value: bool) -> bool:
@@ -50,16 +51,14 @@ def _known_fusions(value: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-FORMATS = {"JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "HEIF"}
-"""Formats that the operator may allow, by Pillow's names."""
 FORMAT_ALIASES = {"JPG": "JPEG", "JPE": "JPEG", "JFIF": "JPEG", "TIF": "TIFF", "HEIC": "HEIF", "APNG": "PNG"}
-"""Common file extensions of these formats."""
+"""Common file extensions of formats that the operator may allow."""
 
 
 def _known_formats(value: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(FORMAT_ALIASES.get(name.upper(), name.upper()) for name in value))
-    if unknown := sorted(set(names) - FORMATS):
-        raise ValueError(f"expected formats of {', '.join(sorted(FORMATS))}, got {', '.join(unknown)[:80]}")
+    if unknown := sorted(set(names) - READABLE):
+        raise ValueError(f"expected formats of {', '.join(sorted(READABLE))}, got {', '.join(unknown)[:80]}")
     if "HEIF" in names and find_spec("pillow_heif") is None:
         raise ValueError("HEIF (HEIC) needs pillow-heif: run pip install '.[worker,heic]' in a clone of shiwu")
     return names

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from typing import Final
 
-from shiwu_worker.runtime.process import _PLAIN_NAMES
+from shiwu_worker.runtime.process import plain_environment
 
 STATUS_TIMEOUT_S: Final = 1.0
 """Longest wait for the exit status of a process that has ended, and for a request to be sent."""
@@ -177,11 +177,6 @@ class ForkServer:
             self._process.wait(5.0)
             self._process = None
         self._statuses.clear()
-
-
-def plain_environment() -> dict[str, str]:
-    """The variables that a Python process needs to start and find its files; none of them is a secret."""
-    return {name: value for name, value in os.environ.items() if _PLAIN_NAMES.fullmatch(name)}
 
 
 def _is_readable(fd: int, timeout_s: float) -> bool:

@@ -18,6 +18,11 @@ _PLAIN_NAMES: Final = re.compile(
 _SOURCE_NAMES: Final = re.compile(r"AWS_\w+|(HTTP|HTTPS|NO|ALL)_PROXY", re.IGNORECASE)
 
 
+def plain_environment() -> dict[str, str]:
+    """The variables that a Python process needs to start and find its files; none of them is a secret."""
+    return {name: value for name, value in os.environ.items() if _PLAIN_NAMES.fullmatch(name)}
+
+
 def source_environment() -> dict[str, str]:
     """The environment variables with credentials and proxies of sources. Only the part that fetches gets them."""
     return {name: value for name, value in os.environ.items() if _SOURCE_NAMES.fullmatch(name)}
@@ -43,7 +48,7 @@ def exit_now(code: int) -> NoReturn:
     """End the process after its output was flushed, without running Python's finalisation.
 
     After a lost GPU, destructors of torch's pinned memory and events abort the process (pytorch issue 178154), and a
-    dead driver may let them wait forever. The exit code would then be lost.
+    driver that hangs may let them wait forever. The exit code would then be lost.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

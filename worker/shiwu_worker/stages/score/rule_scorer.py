@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DIGITS: Final = 6
 """Decimals of all numbers of a tag."""
+Floats = TypeVar("Floats", np.float32, np.float64)
 
 
 def rule_tags(
@@ -35,7 +36,7 @@ def rule_tags(
     """
     tables, has_z = rules.tables, label_set.head == "z"
     z = None if tables.means is None else (cosines - tables.means) / tables.deviations
-    p = None if z is None or tables.slopes is None else _sigmoid(tables.slopes * z + tables.offsets)
+    p = None if z is None or tables.slopes is None else sigmoid(tables.slopes * z + tables.offsets)
     rank = z if has_z and z is not None else cosines
     values = _Values(scores, cosines, p, z if has_z else None)
     passing = _passing(values, tables, requests)
@@ -123,8 +124,9 @@ def _tags(
     )
 
 
-def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def sigmoid(values: NDArray[Floats]) -> NDArray[Floats]:
+    """1 / (1 + e^-x) of each value."""
     # Two forms of the function, each used where its exponential cannot overflow.
     small = np.exp(-np.abs(values))
-    found: NDArray[np.float64] = np.where(values >= 0, 1 / (1 + small), small / (1 + small))
+    found: NDArray[Floats] = np.where(values >= 0, 1 / (1 + small), small / (1 + small))
     return found

@@ -13,7 +13,7 @@ from shiwu_worker.errors import WrongVectors
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.stages.score.kept_vectors import kept_cosines, rounded, to_base64
 from shiwu_worker.stages.score.ranking import smallest
-from shiwu_worker.stages.score.rule_scorer import rule_tags
+from shiwu_worker.stages.score.rule_scorer import rule_tags, sigmoid
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,9 +47,7 @@ def probabilities_of(
     """The scores (n, m), float32, of cosines (n, m); each row depends on that row only."""
     logits: NDArray[np.float32] = cosines * np.float32(scale) + np.float32(bias or 0.0)
     if head == "sigmoid":
-        # Two forms of the function, each used where its exponential cannot overflow.
-        small = np.exp(-np.abs(logits))
-        return np.where(logits >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
+        return sigmoid(logits)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities: NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
     return probabilities
