@@ -50,12 +50,9 @@ class StopSignals:
         self._has_files = has_files
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
-        # Celery's own handler would start the process anew.
-        if (
-            signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-            if has_files
-            else (signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)
-        ):
+        # Celery's own handler would start the process anew. A signal that is ignored, as by nohup, stays ignored.
+        before = signal.getsignal(signal.SIGHUP)
+        if before == signal.SIG_DFL or (has_files and before != signal.SIG_IGN):
             signal.signal(signal.SIGHUP, self._on_signal)
 
     def started(self, hurry: Callable[[], None], *, reload: Callable[[], None] = lambda: None) -> None:

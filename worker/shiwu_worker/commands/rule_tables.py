@@ -121,10 +121,9 @@ class RuleCalibration:
     def file(self, found: Calibration, options: CalibrationOptions, model: ModelInfo) -> bytes:
         """The calibration file."""
         label_set = self._encoded.label_set
-        figures = zip(
-            label_set.words, self._rules.phrases, found.background.means, found.background.deviations, self.curves,
-            strict=True,
-        )  # fmt: skip
+        background = found.background
+        columns = (label_set.words, self._rules.phrases, background.means, background.deviations, self.curves)
+        figures = zip(*columns, strict=True)
         content = CalibrationFile(
             version=1,
             set=str(label_set.name),

@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
 import structlog
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.errors import ExitCode, FatalError
@@ -223,6 +223,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Log nothing: a line for each probe would hide the others."""
-
-
-CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4

@@ -348,7 +348,7 @@ class LoaderPool:
         """Kill and reap a loader, fail or quarantine its tasks, and start a replacement."""
         loader.process.kill()
         status = loader.process.wait(EXIT_TIMEOUT_S)
-        if loader.connection in {key.fileobj for key in self._selector.get_map().values()}:
+        if loader.connection.fileno() in self._selector.get_map():
             self._selector.unregister(loader.connection)
         loader.connection.close()
         self._loaders.remove(loader)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, ParamSpec
 
 from shiwu.broker.known_labels import KnownLabelStore
 from shiwu.broker.queue_stats import QueueSnapshot, shared_snapshot
@@ -40,9 +40,6 @@ from shiwu_worker.telemetry.queue_monitor import SNAPSHOT_EVERY_S
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numpy import float32
-    from numpy.typing import NDArray
-
     from shiwu_worker.config.settings import Settings
     from shiwu_worker.errors import FatalError
     from shiwu_worker.health.canary import Canary
@@ -56,8 +53,7 @@ if TYPE_CHECKING:
     from shiwu_worker.stages.encode.encoder import Encoder
     from shiwu_worker.stages.score.label_bank import LabelBank
 
-    OnEncoded = Callable[[Sequence[Job], NDArray[float32]], None]
-
+P = ParamSpec("P")
 MIN_STUCK_BATCHES: Final = 10
 """A worker counts as stuck no sooner than after the time of so many of its slowest batches."""
 
@@ -165,7 +161,7 @@ class PipelineParts:
                 encoder,
                 self.scorer,
                 pixels=self.loaders.pixels,
-                on_encoded=shared.encoded if self.shadow is None else _each(shared.encoded, self.shadow.encoded),
+                on_encoded=shared.encoded if self.shadow is None else _in_turn(shared.encoded, self.shadow.encoded),
             ),
             committer=self.committer,
         )
@@ -291,24 +287,12 @@ class PipelineParts:
         return RedisBackoff(where, on_wait=lambda _: self.progress.mark())
 
 
-def _each(*subscribers: OnEncoded) -> OnEncoded:
+def _in_turn(*subscribers: Callable[P, None]) -> Callable[P, None]:
     """Calls the subscribers in this order."""
 
-    def call(jobs: Sequence[Job], vectors: NDArray[float32]) -> None:
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
         for subscriber in subscribers:
-            subscriber(jobs, vectors)
-
-    return call
-
-
-def _in_turn(
-    *subscribers: Callable[[Sequence[CommittedJob]], None],
-) -> Callable[[Sequence[CommittedJob]], None]:
-    """Calls the subscribers in this order."""
-
-    def call(committed: Sequence[CommittedJob]) -> None:
-        for subscriber in subscribers:
-            subscriber(committed)
+            subscriber(*args, **kwargs)
 
     return call
 

@@ -37,10 +37,8 @@ if TYPE_CHECKING:
 
 BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BATCH_REASONS: Final = ("full", "free", "closing")
-DUTIES: Final = (
-    *("foreign_values", "leases", "watchers", "maintenance", "trim", "load_log", "worker_state"),
-    *("gpu", "queue_metrics"),
-)
+HEARTBEAT_DUTIES: Final = ("foreign_values", "leases", "watchers", "maintenance", "trim", "load_log", "worker_state")
+DUTIES: Final = (*HEARTBEAT_DUTIES, "gpu", "queue_metrics")
 """Those of the heartbeat, and those of the queue monitor."""
 LIMITS: Final = ("idle", "device", "fetch", "decode")
 SAVINGS: Final = ("joined", "vector", "not_modified")
