@@ -1,4 +1,4 @@
-"""Chooses templates for a label set by measurement: on one half of the images, and told on the other half."""
+"""Chooses templates for a label set by measurement on one half of the images, and measures them on the other."""
 
 from __future__ import annotations
 

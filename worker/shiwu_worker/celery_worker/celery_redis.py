@@ -34,9 +34,9 @@ def broker_config(address: RedisAddress, *, timeout_s: float, shard: int = 0) ->
 
 
 def admin_config(address: RedisAddress, *, timeout_s: float) -> dict[str, Any]:
-    """Return Celery's settings for the broker of the worker's own consumer: on a cluster it hears all shards.
+    """Return Celery's settings for the broker of the worker's own consumer.
 
-    Its queue, its replies and its events are in shard 0.
+    On a cluster it receives the broadcasts of all shards; its queue, its replies and its events are in shard 0.
     """
     found = broker_config(address, timeout_s=timeout_s)
     if address.shards:

@@ -89,7 +89,7 @@ class Release(msgspec.Struct, frozen=True, gc=False):
 
 
 class Departure(msgspec.Struct, frozen=True, gc=False):
-    """A batch that was sent to the device. Compared by identity in traces: `left_s` differs."""
+    """A batch that was sent to the device. Traces find the jobs of a batch by it: no two batches have one `left_s`."""
 
     reason: str
     """Why the batch was sent: full, free, closing."""
@@ -144,7 +144,7 @@ class Job(msgspec.Struct, eq=False):
     label_set: LabelSet | None = None
     """The label set that the request names; set when the job is admitted."""
     labels: EncodedLabels | None = None
-    """The label set with its vectors; set when the batch of the job is launched."""
+    """The label set with its vectors; None while these are being computed."""
     model: ModelInfo | None = None
     tags: tuple[Tag, ...] | None = None
     embedding: tuple[float, ...] | None = None

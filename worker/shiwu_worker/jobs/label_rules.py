@@ -21,7 +21,7 @@ NO_LIMIT: Final = -np.inf
 
 @dataclass(frozen=True)
 class CalibratedLabels:
-    """What images have told of the labels of a set, label by label in its order."""
+    """Figures of the labels of a set, measured on images; label by label in its order."""
 
     digest: str
     """Of everything below."""

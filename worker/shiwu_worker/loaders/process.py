@@ -155,7 +155,7 @@ class LoaderProcess:
                         validator=validator,
                     )
                 )
-                # After the frame, so that the worker hears of the image before another loader recognises it.
+                # After the frame, so that the worker learns of the image before another loader recognises it.
                 self._known_images.note(digest)
         except SandboxExited as error:
             self._exit_after_fault(str(error))

@@ -99,7 +99,7 @@ class Claimer:
         self._interactive_s = -math.inf
         """When the last interactive job was claimed, on the monotonic clock."""
         self._bulk_message_s = 0.0
-        """CPU time for one bulk message of the last claims. It grows at once and falls slowly."""
+        """CPU time for one bulk message of the last claims. It grows immediately and falls slowly."""
 
     def run(self, on_claimed: Callable[[Sequence[Job]], None]) -> None:
         """Claim jobs until `close`, read their messages, and pass them on.

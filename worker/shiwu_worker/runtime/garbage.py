@@ -12,7 +12,8 @@ from typing import Final
 
 YOUNG_OBJECTS: Final = 10_000
 """A collection begins when so many more objects were created than freed. About as many belong to the jobs in flight,
-which have no cycles. With Python's default of 700 or 2,000 every hundredth job causes a collection, in vain."""
+which have no cycles. With Python's default of 700 or 2,000 every hundredth job causes a collection that
+frees nothing."""
 
 
 def freeze_imported() -> None:

@@ -116,7 +116,7 @@ class WorkerService:
         self._pipeline = pipeline
         self._observer = observer
         self.listeners: list[Heartbeat | CancellationListener] = [*parts.make_heartbeats(), *parts.make_cancellations()]
-        """Threads beside the pipeline, which end last."""
+        """Threads alongside the pipeline, which end last."""
         folder = parts.settings.labels_dir
         self._reloader = None if folder is None else parts.make_label_reloader(folder, on_end=self._reloaded)
         self._label_threads = [each.thread for each in (self._reloader, parts.shadow) if each is not None]

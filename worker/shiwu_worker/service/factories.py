@@ -1,4 +1,4 @@
-"""Makes the parts of a worker that speak to Redis, and the loader pool, from the settings."""
+"""Makes the parts of a worker that use Redis, and the loader pool, from the settings."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ LOADERS_CLOSE_TIMEOUT_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class QueueParts:
-    """The parts of a worker that speak to Redis. They share one token."""
+    """The parts of a worker that use Redis. They share one token."""
 
     client: redis.Redis
     lease_queue: LeaseQueue
     answer_store: AnswerStore
     maintenance: Maintenance
     shard: int = 0
-    """Index of the shard that they speak to; 0 on one server."""
+    """Index of the shard that they use; 0 on one server."""
 
 
 def connect(settings: Settings, *, connections: int, has_pushes: bool = False) -> redis.Redis:
@@ -158,7 +158,7 @@ def memory_warnings(settings: Settings, info: Mapping[str, Any]) -> list[str]:
 
 
 def open_queues(stack: ExitStack, settings: Settings) -> list[QueueParts]:
-    """Make the parts that speak to Redis, those of each shard. Their connections are closed with the stack."""
+    """Make the parts that use Redis, those of each shard. Their connections are closed with the stack."""
     # The worker's name lets an operator see who holds a claim; "|" separates the fields of a claim's record.
     token = f"{settings.worker_name.replace('|', '-')}.{secrets.token_hex(4)}"
     clients = connect_shards(settings, connections=PIPELINE_CONNECTIONS)

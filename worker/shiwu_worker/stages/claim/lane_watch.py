@@ -61,7 +61,7 @@ class LaneWatch:
     """Finds the node of each shard, and has one thread for each node. Its methods may be called from any thread.
 
     Args:
-        shards: the shards, in the order of their indexes, and who is told of their messages.
+        shards: the shards, in the order of their indexes, each with the object that is notified of its messages.
         lanes: those that the worker serves; others are never looked at.
         is_watched: whether the node of a shard is to notify this worker.
         round_pause_s: pause between two looks at a shard that is not watched.

@@ -85,7 +85,7 @@ class RuleFile(BaseModel):
         """
         items = {item.label: item for item in self.labels}
         named = [group.parent for group in self.groups.values()] + [self.unknown]
-        # A parent, or the label for nothing else, need not be listed.
+        # A parent, or the label of unknown images, may be missing in the list.
         items |= {word: RuleItem(label=word) for word in named if word is not None and word not in items}
         words = tuple(items)
         groups = dict(_groups_of(items, self.groups))
