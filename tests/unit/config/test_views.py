@@ -19,3 +19,10 @@ def test_worker_of_one_lane_reserves_nothing(lanes: tuple[Lane, ...], reserve: i
 def test_body_that_is_given_up_for_its_rate_counts_as_slow(min_rate_after_s: float, slow_s: float) -> None:
     """Otherwise its host would never come last."""
     assert views.load_shares(Settings(min_rate_after_s=min_rate_after_s)).slow_s == slow_s
+
+
+@pytest.mark.parametrize(("fetch_s", "load_s", "limit_s"), [(15.0, 30.0, 15.0), (60.0, 30.0, 27.0)])
+def test_slow_source_ends_its_fetch_and_not_its_loader(fetch_s: float, load_s: float, limit_s: float) -> None:
+    """It is `source_unavailable` and retried; a loader that is replaced twice makes it `decoder_timeout`."""
+    settings = Settings(fetch_timeout_s=fetch_s, load_timeout_s=load_s)
+    assert views.fetch_limits(settings).total_timeout_s == pytest.approx(limit_s)

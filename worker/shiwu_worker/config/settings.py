@@ -227,7 +227,9 @@ class Settings(SourceSettings):
     load_timeout_s: float = Field(
         30.0, gt=0, description="time to fetch and decode one image; after it the loader is replaced"
     )
-    fetch_timeout_s: float = Field(15.0, gt=0, description="time to fetch one image, including quick retries")
+    fetch_timeout_s: float = Field(
+        15.0, gt=0, description="time to fetch one image, including quick retries; at most 0.9 × load_timeout_s"
+    )
     connect_timeout_s: float = Field(3.0, gt=0, description="time-out of one connection attempt")
     read_timeout_s: float = Field(10.0, gt=0, description="longest wait for the next bytes of a server")
     min_rate_kb_s: int = Field(

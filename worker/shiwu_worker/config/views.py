@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MIB: Final = 1024 * 1024
 SLOW_S: Final = 3.0
+MAX_FETCH_SHARE: Final = 0.9
+"""Share of the time limit of a load that its fetch may take."""
 LABEL_SET_ATTEMPTS: Final = 4
 """Claims of a job whose label set is unknown. It is released three times, because another worker may know the set."""
 
@@ -111,7 +113,8 @@ def fetch_limits(settings: Settings) -> FetchLimits:
     """Limits of one fetch."""
     return FetchLimits(
         max_bytes=settings.max_bytes,
-        total_timeout_s=settings.fetch_timeout_s,
+        # Less than a load may take: a loader that is replaced while it fetches would count against the image.
+        total_timeout_s=min(settings.fetch_timeout_s, MAX_FETCH_SHARE * settings.load_timeout_s),
         connect_timeout_s=settings.connect_timeout_s,
         read_timeout_s=settings.read_timeout_s,
         longest_pause_s=settings.retry_after_longest_s,
