@@ -205,14 +205,11 @@ class BatchExecutor:
 
 def _log_failure(jobs: Sequence[Job], error: Exception) -> None:
     """Log an error of a batch; with its traceback where it is a defect that one job has found."""
-    is_defect = len(jobs) == 1 and isinstance(error, _ScoringFailed)
-    (log.error if is_defect else log.warning)(
-        "batch_failed",
-        size=len(jobs),
-        error=str(error)[:300],
-        kind=type(error.__cause__ if isinstance(error, _ScoringFailed) else error).__name__,
-        exc_info=error if is_defect else None,
-    )
+    kind = type(error.__cause__ if isinstance(error, _ScoringFailed) else error).__name__
+    if isinstance(error, _ScoringFailed) and len(jobs) == 1:
+        log.error("batch_failed", size=1, error=str(error)[:300], kind=kind, exc_info=error)
+    else:
+        log.warning("batch_failed", size=len(jobs), error=str(error)[:300], kind=kind)
 
 
 def _fail(job: Job, error: Exception, kind: DeviceErrorKind) -> None:
