@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Final
 
 from demo.album import Entry
-from shiwu_worker.config.types import FORMAT_ALIASES, FORMATS
+from shiwu_worker.config.types import FORMAT_ALIASES
+from shiwu_worker.stages.decode.image_formats import READABLE
 
-SUFFIXES: Final = frozenset(f".{name.lower()}" for name in (*FORMATS, *FORMAT_ALIASES))
+SUFFIXES: Final = frozenset(f".{name.lower()}" for name in (*READABLE, *FORMAT_ALIASES))
 MAX_IMAGES: Final = 1000
 
 
@@ -38,7 +39,7 @@ class OwnImages:
     @property
     def settings(self) -> dict[str, str]:
         """Variables of the worker: these folders, and every format that it can decode on this machine."""
-        formats = FORMATS - ({"HEIF"} if find_spec("pillow_heif") is None else set())
+        formats = READABLE - ({"HEIF"} if find_spec("pillow_heif") is None else set())
         return {"SHIWU_ALLOW_FOLDERS": ",".join(map(str, self.folders)), "SHIWU_FORMATS": ",".join(sorted(formats))}
 
 
