@@ -272,3 +272,20 @@ def test_close_ends_the_waits(redis_url: str, redis_client: redis.Redis, connect
         await until(lambda: connections() == 0)
 
     run(test())
+
+
+def test_client_waits_again_after_it_was_closed(redis_url: str, redis_client: redis.Redis) -> None:
+    """Also after a close before the task that listens has taken its first step."""
+
+    async def close_at_once() -> None:
+        client = Client(redis_url)
+        waiting = asyncio.create_task(client.wait("k1", timeout_s=20))
+        await asyncio.sleep(0)
+        await client.aclose()
+        with pytest.raises(redis.ConnectionError, match="closed during the wait"):
+            await waiting
+        tagged(redis_client, "k1")
+        async with client:
+            assert (await client.wait("k1", timeout_s=20)).id == "k1"
+
+    run(close_at_once())

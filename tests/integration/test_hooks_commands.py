@@ -133,6 +133,8 @@ def test_check_names_what_fails(redis_url: str, receiver: WebhookReceiver, tmp_p
         (("--endpoints", "gone.yaml"), 64, "expected a readable file"),
         (("--endpoints", "{file}", "--schedule", "5"), 64, "--schedule: expected pauses"),
         (("--endpoints", "{file}", "--lease", "10", "--timeout", "10"), 64, "--lease: expected more seconds"),
+        (("--endpoints", "{file}", "--group", ""), 64, "--group: expected a text of 1 to 1000 characters"),
+        (("--endpoints", "{file}", "--consumer", "x" * 1001), 64, "--consumer: expected a text of 1 to 1000"),
         (("--endpoints", "{file}", "--urls"), 64, "--urls: expected a section `urls`"),
         (("--endpoints", "{file}", "--redis-url", "x"), 64, "invalid_redis_url"),
         (("--endpoints", "{file}", "--threads", "0"), 2, "--threads"),

@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import socket
+import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from shiwu.contract import WATCH_UNREAD
 from shiwu.watch.formats import MAX_BYTES
 from tests.support.fault_proxy import FaultProxy
-from tests.support.processes import LOOPBACK, Process, free_ports
+from tests.support.processes import LOOPBACK, Process, clean_environment, free_ports
 from tests.support.promtool import NEEDS_PROMTOOL, check_metrics
 from tests.support.servers import Valkey
 from tests.support.waiting import wait_until
@@ -63,6 +64,15 @@ class Receiver:
         """A plain connection."""
         return socket.create_connection((LOOPBACK, self.port), timeout=30)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the port takes connections."""
+        try:
+            self.connect().close()
+        except OSError:
+            return False
+        return True
+
     def metric(self, name: str, **labels: str) -> float:
         """A sample of the metrics."""
         for family in text_string_to_metric_families(self.metrics()):
@@ -93,11 +103,7 @@ def running_receiver(server_url: str, folder: Path) -> Iterator[Receiver]:
 
         def is_up() -> bool:
             assert process.is_running, process.log_text()
-            try:
-                running.connect().close()
-            except OSError:
-                return False
-            return True
+            return running.is_open
 
         wait_until(is_up, timeout_s=30)
         yield running
@@ -311,3 +317,25 @@ def test_port_is_tried_before_it_is_used(redis_url: str, tmp_path: Path) -> None
         64,
         True,
     )
+
+
+def test_watcher_ends_where_its_output_cannot_be_written(
+    redis_url: str, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    """The event that it could not report has its job and its reply, so no sender repeats it forever."""
+    write_rules(tmp_path)
+    [port] = free_ports(1)
+    source = f"http://{LOOPBACK}:{port}/events"
+    with FaultProxy(redis_url) as lanes:
+        watch = watch_process(lanes.url, source, "--no-token", folder=tmp_path)
+        running = Receiver(watch, port, 0, lanes)
+        process = subprocess.Popen(watch.command, stdout=subprocess.PIPE, env=clean_environment({}))
+        assert process.stdout is not None
+        process.stdout.close()
+        try:
+            wait_until(lambda: running.is_open, timeout_s=30, what="the port is open")
+            assert running.post(event())[0] == 202
+            assert process.wait(30) == 141
+        finally:
+            process.kill()
+    assert len(waiting_jobs(redis_client)) == 1

@@ -51,9 +51,9 @@ class Client:
 
     Args:
         redis_url, max_waiting, timeout_s: as for `shiwu.Client`.
-        max_connections: how many connections to open at most: this many for commands, and this many for reading
-            answers. One further connection listens for the answers of all waits. Tasks beyond this number wait up to
-            `timeout_s` for a connection.
+        max_connections: how many connections to open at most to each shard: this many for commands, and this many for
+            reading answers. One further connection listens for the answers of all waits. Tasks beyond this number wait
+            up to `timeout_s` for a connection.
 
     Raises:
         RedisUrlError: the URL is invalid.

@@ -17,7 +17,7 @@ class StreamItem:
     """One answer of the results stream. It belongs to this consumer until `ack`, or until it is idle for too long."""
 
     entry_id: str
-    """Id of the entry in the stream."""
+    """Id of the entry in the stream; over shards after the index of its shard, as in `7/1764500000000-0`."""
     result: TagResult
     """The answer, whatever its status."""
     _client: redis.asyncio.Redis
@@ -45,7 +45,7 @@ class UnreadableItem:
     """
 
     entry_id: str
-    """Id of the entry in the stream."""
+    """Id of the entry in the stream; over shards after the index of its shard."""
     fields: Mapping[bytes, bytes]
     """The fields of the entry as they are in Redis."""
     reason: str

@@ -139,6 +139,8 @@ class _ShardWaiter:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+            # A task that was cancelled before its first step does not do it itself.
+            self._task = None
         await self._subscription.close()
         self._end_all(redis.ConnectionError("the client was closed during the wait"))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -284,8 +285,11 @@ class Collector:
     def close(self) -> None:
         """Give up a part that is not complete; its answers come again after the next start."""
         if self._writer is not None:
-            self._writer.close()
-            self._writer.path.unlink(missing_ok=True)
+            # A full disk is why the run ends; the error of this write must not take the place of that.
+            with suppress(OSError):
+                self._writer.close()
+            with suppress(OSError):
+                self._writer.path.unlink(missing_ok=True)
             self._writer = None
 
     def make_group(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from pydantic_core import to_json
 
-from shiwu.cli.base import Exit, end
+from shiwu.cli.base import Exit, end, redis_url_of
 from shiwu.cli.request_options import read_labels, request_options, with_label_hint
 from shiwu.cli.terminal import Row, echo_json, print_rows
-from shiwu.client.calls import DEFAULT_URL
 from shiwu.client.client import Client
 from shiwu.contract import Lane, printable
 
@@ -261,7 +259,7 @@ def _session(ctx: click.Context) -> Iterator[Session]:
     from shiwu.parts import WrongSource, WrongTarget  # noqa: PLC0415 slow
 
     client: Client = ctx.obj
-    url = ctx.find_root().params["redis_url"] or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
+    url = redis_url_of(ctx)
     try:
         with Session(client, url) as session:
             yield session

@@ -12,11 +12,11 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 
 from shiwu.backfill.entries import Entry
+from shiwu.cli.params import SPAN_UNITS_S, span_s
 from shiwu.contract import Lane, split_s3
 
 OutputFormat = Literal["jsonl", "parquet"]
 DEFAULT_MAX_WAITING: Final = 20_000
-_UNITS_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 
 
 class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -117,12 +117,11 @@ def read_newer(text: str, *, now: datetime, zone: tzinfo = UTC) -> datetime:
     Raises:
         ValueError: it is neither.
     """
-    number, unit = text[:-1], text[-1:]
-    if unit in _UNITS_S and number.replace(".", "", 1).isdigit():
-        return now - timedelta(seconds=float(number) * _UNITS_S[unit])
     try:
+        if (age_s := span_s(text)) is not None:
+            return now - timedelta(seconds=age_s)
         moment = datetime.fromisoformat(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(
             f"expected an age such as 30d or 12h, or a date such as 2026-11-01, got {text!r:.80}"
         ) from None
@@ -137,7 +136,7 @@ def read_rate(text: str) -> float:
     """
     number, _, unit = text.partition("/")
     try:
-        rate = float(number) / _UNITS_S[unit or "s"]
+        rate = float(number) / SPAN_UNITS_S[unit or "s"]
     except (ValueError, KeyError):
         rate = 0.0
     if not 0 < rate < 1e9:

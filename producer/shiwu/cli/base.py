@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from enum import IntEnum
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ import redis
 
 from shiwu.broker.redis_errors import explain, info_of
 from shiwu.cli.sections import SectionedGroup
+from shiwu.client.calls import DEFAULT_URL
 from shiwu.client.client import Client
 from shiwu.command_output import EXIT_OUTPUT, drop_output, interruptible, written_output
 from shiwu.contract import RequestError, printable
@@ -72,6 +74,11 @@ class Commands(SectionedGroup):
             drop_output()
             sys.exit(int(Exit.CLOSED_PIPE))
         return result
+
+
+def redis_url_of(ctx: click.Context) -> str:
+    """The Redis URL of the command that runs: that of the option, or of the environment, or the default."""
+    return ctx.find_root().params["redis_url"] or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
 
 
 class _Echo(logging.Handler):

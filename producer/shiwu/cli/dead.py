@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -13,7 +11,8 @@ from pydantic_core import to_json
 
 from shiwu.cli.base import Exit, end, main
 from shiwu.cli.hints import notes_of
-from shiwu.cli.terminal import Row, echo_data, echo_json, print_rows
+from shiwu.cli.params import Span
+from shiwu.cli.terminal import Row, echo_data, echo_json, moment_text, print_rows
 from shiwu.client.client import Client
 from shiwu.client.dead_letters import DeadFilter, DeadLetter
 from shiwu.contract import ErrorCode, Stage
@@ -21,21 +20,6 @@ from shiwu.contract import ErrorCode, Stage
 MAX_UNWRAPPED_ID_CHARS = 40
 """A longer id may wrap in the table."""
 HEADINGS = ("id", "ended", "code", "stage", "attempts", "worker", "image")
-_SPAN = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-class Span(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
-    """A duration: 90s, 15m, 6h, 2d."""
-
-    name = "span"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The duration in seconds."""
-        found = _SPAN.fullmatch(str(value))
-        if found is None:
-            self.fail(f"expected a duration such as 90s, 15m, 6h or 2d, got {value!r}", param, ctx)
-        return float(found[1]) * _SECONDS[found[2]]
 
 
 def _filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +84,7 @@ def _row(letter: DeadLetter) -> Row:
     result, error = letter.result, letter.result.error
     cells = (
         letter.id,
-        _when(letter.died_ms),
+        moment_text(letter.died_ms),
         str(error.code) if error else str(result.status),
         str(error.stage) if error and error.stage else "",
         str(result.attempts),
@@ -169,11 +153,7 @@ def _why_not(client: Client, job_id: str, how_many: str) -> str:
     return f"{how_many} cannot be requeued, first {job_id}: a message with this id is being worked on"
 
 
-def _when(ms: float) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
 def _shown(letter: DeadLetter) -> dict[str, Any]:
     answer = msgspec.to_builtins(letter.result)
     cut = {} if letter.sha256 is None else {"message_bytes": letter.size, "message_sha256": letter.sha256}
-    return {"id": letter.id, "died": _when(letter.died_ms), "lane": letter.lane, "answer": answer, **cut}
+    return {"id": letter.id, "died": moment_text(letter.died_ms), "lane": letter.lane, "answer": answer, **cut}

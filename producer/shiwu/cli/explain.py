@@ -61,7 +61,7 @@ def explain(client: Client, /, *, job_id: str, as_json: bool) -> None:
     report = client.explain(job_id)
     if as_json:
         fields = asdict(report) | {
-            "result": msgspec.json.decode(report.result.to_json()) if report.result is not None else None,
+            "result": None if report.result is None else msgspec.to_builtins(report.result),
             "history": [msgspec.to_builtins(attempt) for attempt in report.history],
         }
         echo_json(to_json(fields))

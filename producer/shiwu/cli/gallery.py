@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -15,10 +14,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from shiwu.cli.backfill_results import NoResults, read_backfill
-from shiwu.cli.base import Exit, end, main
+from shiwu.cli.base import Exit, end, main, redis_url_of
 from shiwu.cli.params import Seconds
 from shiwu.cli.terminal import echo_data
-from shiwu.client.calls import DEFAULT_URL
 from shiwu.client.client import Client
 from shiwu.client.stream_items import StreamItem
 from shiwu.contract import Answer, Stage, printable
@@ -134,7 +132,7 @@ def _answers(
 
 
 def _backfill(ctx: click.Context, name: str) -> Iterator[Answer]:
-    url = ctx.find_root().params["redis_url"] or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
+    url = redis_url_of(ctx)
     try:
         yield from read_backfill(url, name)
     except NoResults as error:

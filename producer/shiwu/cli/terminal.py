@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from shiwu.contract import printable, printable_json
+from shiwu.contract import moment, printable, printable_json
 
 PIPE_COLUMNS: Final = 10_000
 """Width of output into a pipe or a file: rows are not wrapped there, so that grep finds whole references."""
@@ -67,6 +67,11 @@ def span_text(ms: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def moment_text(ms: float) -> str:
+    """A time in ms since 1970 as `2026-11-30T17:10:35Z`."""
+    return moment(ms).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)

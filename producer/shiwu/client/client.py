@@ -301,7 +301,7 @@ class Client:
             consumer: a name that no other loop uses at the same time. A loop with the name of a crashed one gets its
                 unacknowledged answers immediately. Default: a new name, which is removed at the end of the loop.
             batch: how many answers to read in one round trip.
-            block_s: how long one read waits for new answers, in seconds; at most half of the client's `timeout_s`.
+            block_s: seconds that one read waits for answers, at most half of the client's `timeout_s`; 0 never pauses.
             reclaim_idle_s: in seconds, longer than the work on one answer; the same for all consumers of a group.
             stop_when_idle: end once all answers are delivered, and those that other consumers held at that time are
                 acknowledged or taken over. Default: never end.

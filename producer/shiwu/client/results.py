@@ -50,7 +50,7 @@ def read_result(raw: bytes) -> TagResult:
     """
     try:
         meta = msgspec.json.decode(raw, type=_Meta)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ForeignResult(f"expected a result in Celery's JSON form, got {raw[:80]!r} ({error})") from None
     result = meta.result
     if isinstance(result, dict):

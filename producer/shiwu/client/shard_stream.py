@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Final
 
 import redis
 
 from shiwu.broker.backoff import Backoff
 from shiwu.broker.steps import Pause, Steps, on_shard, on_shards, run
-from shiwu.client.stream import StreamLoop, StreamOptions, StreamReader
-from shiwu.client.stream_items import Entry, EntryReader, Outage, StreamItem, in_shard, shard_of_entry
+from shiwu.client.stream import StreamLoop, StreamOptions, StreamReader, for_shard
+from shiwu.client.stream_items import Entry, Outage, StreamItem, in_shard, shard_of_entry
 
 FIRST_IDLE_S: Final = 0.01
 MAX_IDLE_S: Final = 0.25
@@ -102,8 +101,7 @@ class _ShardStream:
 
     def __init__(self, shard: int, options: StreamOptions) -> None:
         self.shard = shard
-        report = partial(_report, shard, options)
-        self._reader = StreamReader(EntryReader(group=options.group, on_unreadable=report), options)
+        self._reader = StreamReader(for_shard(options, shard))
         self._outage = Outage(away_s=options.away_s, shard=shard, max_pause_s=MAX_AWAY_S)
         self._portion: list[Entry] = []
         self._due_s = 0.0
@@ -145,7 +143,3 @@ class _ShardStream:
         if not portion and not self.is_at_end:
             portion = yield from self._reader.read_steps(block_s=0.0)
         return (yield from self._reader.hold_steps(portion))
-
-
-def _report(shard: int, options: StreamOptions, entry_id: str, fields: Mapping[bytes, bytes], reason: str) -> None:
-    options.on_unreadable(in_shard(shard, entry_id), fields, reason)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from threading import Event
 from typing import Final
 
@@ -19,8 +18,8 @@ import redis
 from shiwu.broker.backoff import MAX_PAUSE_S
 from shiwu.broker.steps import run
 from shiwu.client.shard_stream import MAX_AWAY_S
-from shiwu.client.stream import StreamOptions, StreamReader
-from shiwu.client.stream_items import Entry, EntryReader, Outage, ack_steps, in_shard, shard_of_entry
+from shiwu.client.stream import StreamOptions, StreamReader, for_shard
+from shiwu.client.stream_items import Entry, Outage, ack_steps, in_shard, shard_of_entry
 from shiwu.contract import RESULT_STREAM
 
 MIN_BATCH: Final = 100
@@ -121,8 +120,7 @@ class _Stream:
         self._acks = acks
         self._group = options.group
         self._shard = shard
-        report = options.on_unreadable if shard is None else partial(_report, shard, options)
-        self._reader = StreamReader(EntryReader(group=options.group, on_unreadable=report), options)
+        self._reader = StreamReader(options if shard is None else for_shard(options, shard))
         longest_s = MAX_PAUSE_S if shard is None else MAX_AWAY_S
         self._outage = Outage(away_s=options.away_s, shard=shard, max_pause_s=longest_s)
         self._due_s = 0.0
@@ -194,7 +192,3 @@ class _Stream:
         self._due_s = now_s + pause.seconds
         self.done += [entry_id for at_s, ids in self._acknowledged if now_s - at_s <= AGAIN_S for entry_id in ids]
         self._acknowledged.clear()
-
-
-def _report(shard: int, options: StreamOptions, entry_id: str, fields: Mapping[bytes, bytes], reason: str) -> None:
-    options.on_unreadable(in_shard(shard, entry_id), fields, reason)

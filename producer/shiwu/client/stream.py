@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import redis
@@ -22,7 +22,7 @@ from shiwu.broker.redis_errors import explain
 from shiwu.broker.script_loader import call_script
 from shiwu.broker.steps import Call, Pause, Steps
 from shiwu.client.arguments import read_integer, read_seconds, read_text
-from shiwu.client.stream_items import GIVEN_UP_MS, Entry, EntryReader, Outage, log
+from shiwu.client.stream_items import GIVEN_UP_MS, Entry, EntryReader, Outage, in_shard, log
 from shiwu.contract import RESULT_STREAM, printable
 
 GROUP_GONE_WORDS: Final = ("NOGROUP", "UNBLOCKED")
@@ -34,7 +34,6 @@ CONSUMER_TTL_S: Final = 3600.0
 """Idle time after which a consumer without entries is removed from the group."""
 CLEANUP_EVERY_S: Final = 600.0
 MIN_WAIT_S: Final = 0.5
-"""Shortest block of a read while the loop waits for entries that other consumers hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,17 @@ class StreamOptions:
     """How long Redis may be unavailable before its error is raised; None: forever."""
     on_unreadable: Callable[[str, Mapping[bytes, bytes], str], None]
     """Gets the id, the fields and the reason of each entry that cannot be read."""
+    min_wait_s: float = MIN_WAIT_S
+    """Shortest wait of a read while a loop that stops when idle waits for entries that other consumers hold."""
+
+
+def for_shard(options: StreamOptions, shard: int) -> StreamOptions:
+    """The options for one of several shards: ids of entries that cannot be read begin with its index."""
+
+    def report(entry_id: str, fields: Mapping[bytes, bytes], reason: str) -> None:
+        options.on_unreadable(in_shard(shard, entry_id), fields, reason)
+
+    return replace(options, on_unreadable=report)
 
 
 def read_options(
@@ -83,6 +93,7 @@ def read_options(
         stop_when_idle=stop_when_idle,
         away_s=None if away_s is None else read_seconds("away_s", away_s),
         on_unreadable=on_unreadable,
+        min_wait_s=min(MIN_WAIT_S, max_block_s),
     )
 
 
@@ -96,8 +107,7 @@ class StreamLoop:
     """
 
     def __init__(self, options: StreamOptions, *, shard: int | None = None) -> None:
-        items = EntryReader(group=options.group, on_unreadable=options.on_unreadable)
-        self._reader = StreamReader(items, options)
+        self._reader = StreamReader(options)
         self._outage = Outage(away_s=options.away_s, shard=shard)
         self._portion: list[Entry] = []
 
@@ -133,8 +143,8 @@ class StreamLoop:
 class StreamReader:
     """Reads the entries of one consumer. After an error, reading again loses no entry that was delivered."""
 
-    def __init__(self, items: EntryReader, options: StreamOptions) -> None:
-        self._items = items
+    def __init__(self, options: StreamOptions) -> None:
+        self._items = EntryReader(group=options.group, on_unreadable=options.on_unreadable)
         self._options = options
         self._refused: set[str] = set()
         self._cleaned_s = float("-inf")
@@ -184,8 +194,10 @@ class StreamReader:
         self._is_claiming = not self._is_claiming
         if not self._is_claiming:
             return (yield from self._claim_steps())
-        block_s = self._options.block_s if block_s is None else block_s
-        return (yield from self._read_new_steps(max(block_s, MIN_WAIT_S) if self._wait_until and block_s else block_s))
+        if block_s is None:
+            options = self._options
+            block_s = max(options.block_s, options.min_wait_s) if self._wait_until else options.block_s
+        return (yield from self._read_new_steps(block_s))
 
     def _claim_steps(self) -> Steps[list[Entry]]:
         options, cursor = self._options, self._cursor

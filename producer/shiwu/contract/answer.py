@@ -68,7 +68,10 @@ class AnswerModel(msgspec.Struct, frozen=True, omit_defaults=True):
         Raises:
             ValueError: the JSON does not match; names the path of the first wrong field.
         """
-        return msgspec.json.decode(raw, type=cls)
+        try:
+            return msgspec.json.decode(raw, type=cls)
+        except RecursionError as error:
+            raise ValueError(f"expected JSON with fewer levels ({error})") from None
 
 
 class Tag(AnswerModel, frozen=True, gc=False):

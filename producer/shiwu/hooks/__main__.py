@@ -159,6 +159,7 @@ def _options(
     *,
     file: Path,
     schedule: str,
+    group: str,
     consumer: str | None,
     urls: bool,
     from_beginning: bool,
@@ -166,7 +167,8 @@ def _options(
     lease_s: float,
     **given: Any,
 ) -> HooksOptions:
-    from shiwu.hooks.endpoints import read_endpoints  # noqa: PLC0415 --help needs none of its imports
+    from shiwu.client.arguments import read_text  # noqa: PLC0415 --help needs none of its imports
+    from shiwu.hooks.endpoints import read_endpoints  # noqa: PLC0415 as above
     from shiwu.hooks.options import read_rules, read_schedule  # noqa: PLC0415 as above
     from shiwu.hooks.process import HooksOptions  # noqa: PLC0415 as above
 
@@ -183,7 +185,8 @@ def _options(
         endpoints=endpoints,
         rules=read_rules(os.environ),
         schedule_s=schedule_s,
-        consumer=consumer or socket.gethostname(),
+        group=read_text("--group", group, least=1),
+        consumer=read_text("--consumer", consumer or socket.gethostname(), least=1),
         has_urls=urls,
         is_from_beginning=from_beginning,
         timeout_s=timeout_s,

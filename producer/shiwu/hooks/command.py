@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 from pydantic_core import to_json
 
-from shiwu.cli.base import Exit, end
-from shiwu.cli.terminal import Row, echo_data, echo_json, print_rows
-from shiwu.client.calls import DEFAULT_URL
+from shiwu.cli.base import Exit, end, redis_url_of
+from shiwu.cli.terminal import Row, echo_data, echo_json, moment_text, print_rows
 
 if TYPE_CHECKING:
     from shiwu.hooks.delivery_queue import DeadDelivery, EndpointHealth
@@ -71,16 +69,12 @@ def _shown(letter: DeadDelivery) -> dict[str, Any]:
     return {
         "webhook_id": delivery.id,
         "endpoint": delivery.endpoint,
-        "ended": _when(letter.died_ms),
-        "created": _when(delivery.created_ms),
+        "ended": moment_text(letter.died_ms),
+        "created": moment_text(delivery.created_ms),
         "reason": letter.reason,
         "tries": delivery.failed,
         "answers": delivery.payload.count,
     }
-
-
-def _when(ms: float) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 @hooks.command()
@@ -146,7 +140,7 @@ def _endpoint_status(name: str, pending: int, health: EndpointHealth | None, *, 
     state, failures, last = "ok", 0, None
     if health is not None:
         failures = health.failures
-        last = f"{health.reason} {_when(health.last_failure_ms)}" if health.last_failure_ms else None
+        last = f"{health.reason} {moment_text(health.last_failure_ms)}" if health.last_failure_ms else None
         if health.disabled_ms:
             state = "disabled"
         elif failures >= ALONE_AFTER:
@@ -200,7 +194,7 @@ def _queue(ctx: click.Context) -> Iterator[AllDeliveries]:
     from shiwu.hooks.delivery_queue import QueueOptions  # noqa: PLC0415 as above
     from shiwu.hooks.shards import AllDeliveries, open_queues  # noqa: PLC0415 as above
 
-    url = ctx.find_root().params["redis_url"] or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
+    url = redis_url_of(ctx)
     with ExitStack() as stack:
         clients = open_shards(url, PoolOptions(timeout_s=REDIS_TIMEOUT_S, retries=3))
         for client in clients:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from shiwu.cli.params import span_s
 from shiwu.contract import printable
 from shiwu.network.address_rules import HTTP_PORTS, AddressRules, check_proxy, read_host, read_nat64, read_network
 
 DEFAULT_SCHEDULE: Final = "0s,5s,5m,30m,2h,5h,10h"
-_SPAN: Final = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 MAX_TRIES: Final = 50
 MAX_SCHEDULE_S: Final = 30 * 86_400
 
@@ -28,10 +26,9 @@ def read_schedule(text: str) -> tuple[float, ...]:
     """
     pauses = []
     for part in text.split(","):
-        found = _SPAN.fullmatch(part.strip())
-        if found is None:
+        if (pause_s := span_s(part.strip())) is None:
             raise ValueError(f"expected pauses as {DEFAULT_SCHEDULE}, got {part.strip()!r:.40}")
-        pauses.append(float(found[1]) * _SECONDS[found[2]])
+        pauses.append(pause_s)
     if len(pauses) > MAX_TRIES or sum(pauses) > MAX_SCHEDULE_S:
         raise ValueError(f"expected at most {MAX_TRIES} pauses of 30 days in all, got {len(pauses)}")
     return tuple(pauses)

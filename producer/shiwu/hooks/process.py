@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Final
@@ -268,8 +268,9 @@ class HooksProcess:
             except redis.RedisError as error:
                 self._fail(name, explain(error))
             except Exception as error:  # the process must not go on without this thread
-                logging.getLogger("shiwu").exception("thread %s failed", name)
                 self._fail(name, f"{type(error).__name__}: {error}")
+                with suppress(OSError):  # as in `_fail`
+                    logging.getLogger("shiwu").exception("thread %s failed", name)
 
         thread = threading.Thread(target=guarded, name=name, daemon=True)
         thread.start()
@@ -278,8 +279,10 @@ class HooksProcess:
     def _fail(self, thread: str, reason: str) -> None:
         if not self._stop.is_set():
             self._failed = True
-            self._log.error("thread_failed", thread=thread, reason=reason)
             self.stop()
+            # The output may be what failed; then the last line of `run` meets the same error.
+            with suppress(OSError):
+                self._log.error("thread_failed", thread=thread, reason=reason)
 
     def _count_until_stopped(self, deliveries: AllDeliveries) -> None:
         names = [endpoint.key for endpoint in self._options.endpoints.named]

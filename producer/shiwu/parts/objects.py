@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -164,13 +164,14 @@ class Objects:
             SourceError: it is missing, refused or too large.
         """
         bucket, key = split_address(address)
-        with _store_errors(address, SourceError):
-            body = self._client.get_object(Bucket=bucket, Key=key)["Body"]
+        with _store_errors(address, SourceError), closing(self._object_body(bucket, key)) as body:
             raw: bytes = body.read(MAX_SMALL_BYTES + 1)
-            body.close()
         if len(raw) > MAX_SMALL_BYTES:
             raise SourceError(f"expected at most {MAX_SMALL_BYTES} bytes at {address}, got more")
         return raw
+
+    def _object_body(self, bucket: str, key: str) -> Any:
+        return self._client.get_object(Bucket=bucket, Key=key)["Body"]
 
     @contextmanager
     def open(self, address: str) -> Iterator[RawIOBase]:

@@ -106,11 +106,18 @@ class FolderTarget:
 
     def delete(self, name: str) -> None:
         """Delete a file."""
-        (self._folder / name).unlink(missing_ok=True)
+        path = self._folder / name
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _failed(path, error) from None
 
     def names(self) -> set[str]:
         """The names of all files."""
-        return {path.name for path in self._folder.iterdir() if path.is_file()}
+        try:
+            return {path.name for path in self._folder.iterdir() if path.is_file()}
+        except OSError as error:
+            raise _failed(self._folder, error) from None
 
     def close(self) -> None:
         """Do nothing: the next start removes temporary files."""

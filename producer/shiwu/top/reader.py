@@ -22,7 +22,7 @@ from shiwu.broker.server_clock import server_time_ms
 from shiwu.broker.worker_state import read_worker_states
 from shiwu.client.results import TagResult, read_answer
 from shiwu.client.usual_times import usual_times
-from shiwu.contract import BACKFILL, BACKFILLS, DEAD, DEAD_ANSWERS, RESULT_STREAM, Lane, Timing
+from shiwu.contract import BACKFILL, BACKFILLS, DEAD, DEAD_ANSWERS, RESULT_STREAM, Lane, Status, Timing
 from shiwu.top.look import BackfillLook, FailureLook, Letter, Look, StageLook, WorkerLook
 from shiwu.top.rates import LaneRates
 
@@ -37,10 +37,9 @@ MAX_BACKFILLS: Final = 5
 ALIVE_MS: Final = 10_000.0
 """A backfill whose process has not written for so long does not run."""
 STAGES: Final = ("queue", "claim", "fetch", "decode", "batch", "encode", "score")
-_ANSWERED: Final = ("tagged", "rejected", "failed", "expired", "cancelled")
 _BACKFILL_FIELDS: Final = (
     *("phase", "wanted", "owner", "heartbeat_ms", "read", "sent"),
-    *(f"status:{status}" for status in _ANSWERED),
+    *(f"status:{status}" for status in Status),
 )
 
 
@@ -222,7 +221,7 @@ def _backfill(name: str, fields: Mapping[str, str], *, now_ms: float) -> Backfil
     heartbeat_ms = 0.0
     with contextlib.suppress(ValueError):
         heartbeat_ms = float(fields.get("heartbeat_ms", "0"))
-    answered = sum(number(f"status:{status}") for status in _ANSWERED)
+    answered = sum(number(f"status:{status}") for status in Status)
     phase = fields.get("phase", "")
     if phase == "running" and fields.get("wanted") == "pause":
         phase = "paused"
@@ -233,5 +232,5 @@ def _backfill(name: str, fields: Mapping[str, str], *, now_ms: float) -> Backfil
         read=number("read"),
         sent=number("sent"),
         answered=answered,
-        without_tags=answered - number("status:tagged"),
+        without_tags=answered - number(f"status:{Status.TAGGED}"),
     )

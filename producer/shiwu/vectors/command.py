@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from contextlib import ExitStack, closing
 from importlib.util import find_spec
@@ -12,9 +11,8 @@ from typing import Final
 import click
 
 from shiwu.broker.sharding import PoolOptions, open_shards
-from shiwu.cli.base import Exit, end
+from shiwu.cli.base import Exit, end, redis_url_of
 from shiwu.cli.params import Seconds
-from shiwu.client.calls import DEFAULT_URL
 
 TIMEOUT_S: Final = 5.0
 LIBRARIES: Final = ("pyarrow", "boto3", "obstore")
@@ -54,7 +52,7 @@ def sink(
     from shiwu.parts import Objects, open_target  # noqa: PLC0415 slow
     from shiwu.vectors.sink import TEMPORARY, VectorSink, check_start  # noqa: PLC0415 slow
 
-    url = ctx.find_root().params["redis_url"] or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
+    url = redis_url_of(ctx)
     address = out if out.endswith("/") or not out.startswith("s3://") else f"{out}/"
     stopped = Event()
     for number in (signal.SIGTERM, signal.SIGINT):

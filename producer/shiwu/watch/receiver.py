@@ -10,7 +10,8 @@ import hmac
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, Protocol
 
 import redis
@@ -58,13 +59,19 @@ class Receiver:
 
     Args:
         tokens: each of them lets a request in; empty lets every request in.
+        stop: set where a report cannot be written.
     """
 
-    def __init__(self, intake: Intake, reports: ReceiverReports, *, path: str, tokens: Sequence[bytes]) -> None:
+    def __init__(
+        self, intake: Intake, reports: ReceiverReports, *, path: str, tokens: Sequence[bytes], stop: threading.Event
+    ) -> None:
         self._intake = intake
         self._reports = reports
         self._tokens = tuple(tokens)
+        self._stop = stop
         self._running = 0
+        self.output_error: OSError | None = None
+        """Why a report could not be written, as where the reader of standard output has exited."""
         self.app = Starlette(routes=[Route(path, self._receive, methods=["POST"])])
 
     async def _receive(self, request: Request) -> JSONResponse:
@@ -92,13 +99,14 @@ class Receiver:
         try:
             plan = await run_in_threadpool(self._enqueue, dict(request.headers), body)
         except QueueFull as error:
-            self._reports.lanes(wait_reason(error))
+            self._report(partial(self._reports.lanes, wait_reason(error)))
             return self._refuse(429, "the lane is full", _retry(RETRY_FULL_S))
         except redis.RedisError as error:
-            self._reports.lanes(wait_reason(error))
+            self._report(partial(self._reports.lanes, wait_reason(error)))
             return self._refuse(503, f"Redis: {info_of(error).meaning}", _retry(RETRY_AWAY_S))
-        self._reports.lanes()
-        self._reports.portion(messages=1, plan=plan, duration_s=time.monotonic() - began_s)
+        self._report(self._reports.lanes)
+        duration_s = time.monotonic() - began_s
+        self._report(partial(self._reports.portion, messages=1, plan=plan, duration_s=duration_s))
         counts = {str(outcome): count for outcome, count in plan.counts.items()}
         return JSONResponse({Outcome.ENQUEUED: 0, **counts}, status_code=202)
 
@@ -106,6 +114,14 @@ class Receiver:
         plan = self._intake.plan([Message(body, read_cloud_event(headers, body))])
         self._intake.carry_out(plan)
         return plan
+
+    def _report(self, report: Callable[[], None]) -> None:
+        """Report, and let the process end where that fails: the reply says what became of the jobs in any case."""
+        try:
+            report()
+        except OSError as error:
+            self.output_error = error
+            self._stop.set()
 
     def _is_allowed(self, headers: Mapping[str, str]) -> bool:
         if not self._tokens:

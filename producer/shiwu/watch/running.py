@@ -204,10 +204,12 @@ def _receive(
     address, tokens = _http_options(options)
     listener = stack.enter_context(_listener(address))
     intake = _intake(options, keeper, rules, source=options.source)
-    receiver = Receiver(intake, reports, path=address.path, tokens=tokens)
+    receiver = Receiver(intake, reports, path=address.path, tokens=tokens, stop=stop)
     reports.source()
     reports.started(options.source, rules)
     serve_events(receiver, listener, stop)
+    if receiver.output_error is not None:
+        raise receiver.output_error
 
 
 def _http_options(options: WatchOptions) -> tuple[_Address, list[bytes]]:

@@ -65,7 +65,8 @@ def test_each_cursor_goes_on_after_its_entry(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"{", b"[]", b'"s3://b/a.jpg"', b'{"key": "a"}', b'{"image": 3}', b"\xff\xfe", b'{"image": NaN}']
+    "line",
+    [b"{", b"[]", b'"s3://b/a.jpg"', b'{"key": "a"}', b'{"image": 3}', b"\xff\xfe", b'{"image": NaN}', b"[" * 100_000],
 )
 def test_unreadable_json_line_becomes_an_error(tmp_path: Path, line: bytes) -> None:
     """The others are read, and the line differs from other unreadable lines."""
@@ -73,6 +74,46 @@ def test_unreadable_json_line_becomes_an_error(tmp_path: Path, line: bytes) -> N
     assert [entry.reference for entry in found] == ["", "s3://b/a.jpg", ""]
     assert found[0].error.startswith("line 1: expected ")
     assert found[0].version != found[2].version
+
+
+@pytest.mark.parametrize("data", [b"", b"\n\r\n"])
+def test_csv_without_rows_has_no_entries(tmp_path: Path, data: bytes) -> None:
+    assert entries(write(tmp_path, "list.csv", data)) == []
+
+
+def test_csv_header_may_come_after_empty_lines(tmp_path: Path) -> None:
+    found = entries(write(tmp_path, "list.csv", b"\nimage,team\ns3://b/a.jpg,x\n"))
+    assert [(entry.reference, entry.metadata) for entry in found] == [("s3://b/a.jpg", {"team": "x"})]
+
+
+@pytest.mark.parametrize("name", ["list.jsonl.gz", "list.txt.gz", "list.csv.gz"])
+def test_damaged_gzip_is_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, name, b"".join(b"s3://b/%d.jpg\n" % number for number in range(5000)))
+    raw = bytearray(path.read_bytes())
+    raw[300:320] = bytes(20)
+    path.write_bytes(raw)
+    with pytest.raises(SourceError, match="while decompressing"):
+        entries(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("list.jsonl", '{"image": "https://user:hunter2@h/a.jpg?sign=hunter2"'),
+        ("list.txt", '{"image": ["https://h/a.jpg?sign=hunter2"]}'),
+    ],
+)
+def test_error_of_a_line_has_no_secrets_of_urls(tmp_path: Path, name: str, line: str) -> None:
+    [entry] = entries(write(tmp_path, name, line.encode()))
+    assert "h/a.jpg…" in entry.error
+    assert "hunter2" not in entry.error
+
+
+def test_error_of_a_header_has_no_secrets_of_urls(tmp_path: Path) -> None:
+    path = write(tmp_path, "list.csv", b"1,2,3,https://h/a.jpg?sign=hunter2\n")
+    with pytest.raises(SourceError, match="expected a header") as caught:
+        entries(path)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_csv_with_header_takes_other_columns_as_metadata(tmp_path: Path) -> None:

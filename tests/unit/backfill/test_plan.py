@@ -73,7 +73,9 @@ def test_rate_and_share_have_units() -> None:
     assert [read_share(text) for text in ("50%", "0.5", "100%")] == [0.5, 0.5, 1]
 
 
-@pytest.mark.parametrize("text", ["", "x", "30", "d", "2026-13-01", "nan", "-1", "0", "500/y", "200%", "1e400"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "30", "d", "2026-13-01", "nan", "-1", "0", "500/y", "200%", "1e400", "9999999d", "²d"]
+)
 def test_unreadable_option_is_refused(text: str) -> None:
     for read in (lambda text: read_newer(text, now=NOW), read_share, read_window):
         if (read, text) != (read_share, "1"):

@@ -122,6 +122,20 @@ def test_error_of_an_inventory_names_the_line(tmp_path: Path, broken: bytes) -> 
         read(opened(manifest))
 
 
+@pytest.mark.parametrize(("kind", "message"), [("CSV", "expected CSV"), ("Parquet", "expected a Parquet file")])
+def test_inventory_with_a_damaged_file_is_refused(tmp_path: Path, kind: str, message: str) -> None:
+    """Also where the manifest has no checksum of it."""
+    manifest = write_inventory(tmp_path, kind, parts=1)
+    written = json.loads(manifest.read_text())
+    path = tmp_path / written["files"][0]["key"]
+    raw = bytearray(path.read_bytes())
+    raw[20:] = bytes(len(raw) - 20)
+    path.write_bytes(raw)
+    manifest.write_text(json.dumps(written | {"files": [{"key": f"inv/data/{path.name}"}]}))
+    with pytest.raises(SourceError, match=message):
+        read(opened(manifest))
+
+
 @pytest.mark.parametrize(
     "change", [{"fileFormat": "ORC"}, {"fileSchema": "Bucket, Size"}, {"files": "none"}, {"files": [{"key": "gone"}]}]
 )

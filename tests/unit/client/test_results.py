@@ -89,6 +89,18 @@ def test_result_of_another_task_is_foreign(raw: bytes) -> None:
         read_result(raw)
 
 
+def test_json_that_is_nested_too_deep_is_no_answer() -> None:
+    """Another program may have written it; no reader may fail on it."""
+    nested = b"[" * 100_000
+    with pytest.raises(ForeignResult, match="recursion"):
+        read_result(b'{"status":"SUCCESS","task_id":"a","result":' + nested)
+    with pytest.raises(ValueError, match="fewer levels"):
+        TagResult.from_json(b'{"id":"a","status":"tagged","metadata":' + nested)
+    unreadable = read_answer(b'{"id":"a","status":"tagged","metadata":' + nested, job_id="a")
+    assert unreadable.error is not None
+    assert unreadable.error.code is ErrorCode.ANSWER_UNREADABLE
+
+
 def test_unreadable_answer_has_an_error_code() -> None:
     """Of a newer version, say: the caller gets an answer of this id."""
     for answer in (

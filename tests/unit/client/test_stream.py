@@ -23,7 +23,7 @@ from shiwu.client.stream import (
     StreamReader,
     read_options,
 )
-from shiwu.client.stream_items import GIVEN_UP_MS, Entry, EntryReader
+from shiwu.client.stream_items import GIVEN_UP_MS, Entry
 from shiwu.contract import RESULT_STREAM, Answer, Status
 from tests.support.clock import Clock
 
@@ -36,7 +36,7 @@ ARGUMENTS: dict[str, Any] = {
     "reclaim_idle_s": 10.0,
     "stop_when_idle": False,
     "away_s": None,
-    "on_unreadable": lambda *_: None,
+    "on_unreadable": pytest.fail,
 }
 
 
@@ -67,7 +67,7 @@ class Parts:
             pipeline=self._pipeline,
             xack=lambda *args: self._call("ack", args),
         )
-        self.reader = StreamReader(EntryReader(group="g", on_unreadable=pytest.fail), self.options)
+        self.reader = StreamReader(self.options)
 
     def _script(self, source: str) -> Any:
         name, reply = ("hold", self.held) if "JUSTID" in source else ("drop", 0)
@@ -242,6 +242,20 @@ def test_loop_waits_for_what_others_held(monkeypatch: pytest.MonkeyPatch, caplog
     parts.read()
     parts.read()
     assert parts.reader.is_at_end
+
+
+@pytest.mark.parametrize(("max_block_s", "waited_ms"), [(2.5, 500), (0.1, 100)])
+def test_loop_without_waits_waits_for_what_others_held(
+    monkeypatch: pytest.MonkeyPatch, max_block_s: float, waited_ms: int
+) -> None:
+    """Or it would ask Redis without a pause, and longer than a command may take it would get no reply."""
+    parts = Parts(monkeypatch, stop_when_idle=True, block_s=0.0, max_block_s=max_block_s)
+    parts.skip_own()
+    parts.pending = {"pending": 1, "max": b"8-0", "consumers": [{"name": b"other"}]}
+    parts.held_by = {"other": [1]}
+    for _ in range(4):
+        parts.read()
+    assert parts.asked("read") == [(">", None), (">", waited_ms)]
 
 
 def test_loop_ends_where_pending_entries_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,3 +62,15 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(TargetError, match="expected a folder to write to at"):
         open_target(str(tmp_path / "file" / "out"), objects=Objects(), temporary=TEMPORARY)
+
+
+def test_folder_that_is_gone_is_an_error_of_the_target(tmp_path: Path) -> None:
+    """Also what cannot be deleted."""
+    target = open_target(str(tmp_path / "out"), objects=Objects(), temporary=TEMPORARY)
+    (tmp_path / "out" / "folder").mkdir()
+    with pytest.raises(TargetError, match="folder"):
+        target.delete("folder")
+    (tmp_path / "out" / "folder").rmdir()
+    (tmp_path / "out").rmdir()
+    with pytest.raises(TargetError, match="No such file"):
+        target.names()

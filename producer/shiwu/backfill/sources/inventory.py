@@ -17,8 +17,8 @@ from urllib.parse import unquote_plus
 import msgspec
 
 from shiwu.backfill.entries import Entry
-from shiwu.backfill.sources.lines import open_file
-from shiwu.backfill.sources.tables import count_rows, parquet_rows
+from shiwu.backfill.sources.lines import READ_ERRORS, open_file
+from shiwu.backfill.sources.tables import column_names, count_rows, parquet_rows
 from shiwu.parts import Objects, SourceError
 
 PARQUET_NAMES: Final = {
@@ -114,7 +114,7 @@ class InventorySource:
             try:
                 for row in csv.reader(texts(), strict=True):
                     yield dict(zip(self._names, row, strict=False))
-            except (csv.Error, UnicodeDecodeError, OSError, EOFError) as error:
+            except (csv.Error, UnicodeDecodeError, *READ_ERRORS) as error:
                 raise SourceError(f"{path}, line {number}: expected CSV ({error})") from None
 
     def _table_rows(self, path: Path) -> Iterator[Mapping[str, Any]]:
@@ -183,10 +183,8 @@ class InventorySource:
 
 
 def _present(path: Path, columns: Sequence[str]) -> list[str]:
-    """Those of the columns that a file has."""
-    import pyarrow.parquet as pq  # noqa: PLC0415 an extra
-
-    names = set(pq.read_schema(path).names)
+    """Those of the columns that a file has, and those that it must have."""
+    names = column_names(path)
     return [column for column in columns if column in names or column in {"bucket", "key"}]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
@@ -13,14 +14,20 @@ from urllib.parse import unquote_plus
 import msgspec
 
 from shiwu.backfill.entries import Entry
+from shiwu.contract import MAX_IMAGE_CHARS, without_logins
 from shiwu.parts import SourceError
 
 MAX_LINE_BYTES: Final = 1024 * 1024
 """Far longer than a reference with the largest metadata."""
+SHOWN_CHARS: Final = 80
+"""Of a line in an error."""
 BOM: Final = b"\xef\xbb\xbf"
 IMAGE_NAMES: Final = ("image", "source-ref", "reference")
 """Names of the column or key with the reference, the first that is there."""
+READ_ERRORS: Final = (OSError, EOFError, zlib.error)
+"""What reading raises; the last two are of compressed files that are cut or damaged."""
 Parse = Callable[[bytes, str, str], Entry | None]
+"""Gets a line, the cursor after it, and where it is, for errors."""
 
 
 class LineFile:
@@ -51,7 +58,7 @@ class LineFile:
                 entry = self._parse(line, str(offset), place)
                 if entry is not None:
                     yield entry
-        except (OSError, EOFError) as error:
+        except READ_ERRORS as error:
             raise SourceError(f"{self._path}: {error}") from None
 
     def total(self, *, read: int, cursor: str) -> int | None:
@@ -124,7 +131,9 @@ class CsvFile:
 
         try:
             rows = csv.reader(texts(), strict=True)
-            first = next(rows, [])
+            first = next((row for row in rows if row), None)
+            if first is None:
+                return
             header = read_header(first, self._path)
             if cursor:
                 offset = int(cursor)
@@ -135,7 +144,7 @@ class CsvFile:
             for row in rows:
                 if row:
                     yield row_entry(row, header, str(offset))
-        except (csv.Error, OSError, EOFError) as error:
+        except (csv.Error, *READ_ERRORS) as error:
             raise SourceError(f"{place()}: {error}") from None
 
     def total(self, *, read: int, cursor: str) -> int | None:
@@ -200,7 +209,7 @@ def parse_json(line: bytes, cursor: str, place: str) -> Entry | None:
         return _no_entry(text, cursor, place, f"a line of at most {MAX_LINE_BYTES} bytes")
     try:
         value = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return _no_entry(text, cursor, place, f"a JSON object ({error})")
     if isinstance(value, dict):
         name = next((name for name in IMAGE_NAMES if name in value), None)
@@ -224,8 +233,14 @@ def parse_text(line: bytes, cursor: str, place: str) -> Entry | None:
 
 
 def _no_entry(text: bytes, cursor: str, place: str, expected: str) -> Entry:
-    shown = text[:80].decode(errors="replace")
-    return Entry(cursor, "", version=text.hex(), error=f"{place}: expected {expected}, got {shown!r}")
+    shown = _shown(text.decode(errors="replace"))
+    return Entry(cursor, "", version=text.hex(), error=f"{place}: expected {expected}, got {shown}")
+
+
+def _shown(text: str) -> str:
+    """The beginning of a line for an error, without logins and queries of URLs, which may be secrets."""
+    plain = without_logins(text[:MAX_IMAGE_CHARS]).partition("?")[0][:SHOWN_CHARS]
+    return repr(plain if plain == text else f"{plain}…")
 
 
 # ------------------------------------------------------------------------------------ one row
@@ -241,11 +256,11 @@ def read_header(row: list[str], path: Path) -> list[str]:
         return names
     if lower[:2] == ["bucket", "key"]:
         return ["bucket", "key", *lower[2:]]
-    if not row or "://" in row[0] or (len(row) in {2, 3} and row[0]):
+    if "://" in row[0] or (len(row) in {2, 3} and row[0]):
         return []
     raise SourceError(
         f"{path}: expected a header with the column image, rows of one reference, or S3's Bucket,Key[,VersionId]; "
-        f"got {row!r:.200}"
+        f"got {_shown(','.join(row))}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,29 +53,37 @@ def parquet_rows(path: Path, columns: Sequence[str], *, after: int) -> Iterator[
     Raises:
         SourceError: it is no Parquet file, or lacks a column.
     """
-    import pyarrow as pa  # noqa: PLC0415 an extra, and a tenth of a second
+    import pyarrow.parquet as pq  # noqa: PLC0415 an extra, and a tenth of a second
+
+    with _parquet_errors(path), pq.ParquetFile(path) as file:
+        names = set(file.schema_arrow.names)
+        if missing := [name for name in columns if name not in names]:
+            raise SourceError(
+                f"{path}: expected the column {missing[0]}, got {', '.join(sorted(names))}; name it with --column"
+            )
+        groups: list[int] = []
+        for index in range(file.num_row_groups):
+            count = file.metadata.row_group(index).num_rows
+            if groups or after < count:
+                groups.append(index)
+            else:
+                after -= count
+        for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=list(columns)):
+            rows = batch.to_pylist()
+            yield from rows[after:]
+            after = max(0, after - len(rows))
+
+
+def column_names(path: Path) -> set[str]:
+    """The names of the columns of a Parquet file.
+
+    Raises:
+        SourceError: it is none.
+    """
     import pyarrow.parquet as pq  # noqa: PLC0415 an extra
 
-    try:
-        with pq.ParquetFile(path) as file:
-            names = set(file.schema_arrow.names)
-            if missing := [name for name in columns if name not in names]:
-                raise SourceError(
-                    f"{path}: expected the column {missing[0]}, got {', '.join(sorted(names))}; name it with --column"
-                )
-            groups: list[int] = []
-            for index in range(file.num_row_groups):
-                count = file.metadata.row_group(index).num_rows
-                if groups or after < count:
-                    groups.append(index)
-                else:
-                    after -= count
-            for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=list(columns)):
-                rows = batch.to_pylist()
-                yield from rows[after:]
-                after = max(0, after - len(rows))
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{path}: expected a Parquet file ({error})") from None
+    with _parquet_errors(path):
+        return set(pq.read_schema(path).names)
 
 
 def count_rows(path: Path) -> int:
@@ -83,10 +92,17 @@ def count_rows(path: Path) -> int:
     Raises:
         SourceError: it is none.
     """
-    import pyarrow as pa  # noqa: PLC0415 an extra
     import pyarrow.parquet as pq  # noqa: PLC0415 an extra
 
-    try:
+    with _parquet_errors(path):
         return int(pq.read_metadata(path).num_rows)
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    import pyarrow as pa  # noqa: PLC0415 an extra
+
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{path}: expected a Parquet file ({error})") from None
