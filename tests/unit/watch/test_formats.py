@@ -184,7 +184,7 @@ WRONG = {
     "odd-url-encoding": (json.dumps([record("%ff.jpg")]).encode(), "expected a key in UTF-8"),
     "control": (json.dumps([record("a%0Ab.jpg")]).encode(), "U+000A"),
     "version-in-key": (json.dumps([record("a%3FversionId%3Db")]).encode(), "without ?versionId="),
-    "odd-bucket": (json.dumps([record("k", bucket="a@b")]).encode(), "expected s3://bucket/key"),
+    "odd-bucket": (json.dumps([record("k", bucket="a@b")]).encode(), "expected a bucket of letters and digits"),
     "too-large": (b" " * (MAX_BYTES + 1), f"expected a message of at most {MAX_BYTES} bytes, got {MAX_BYTES + 1}"),
     "too-many": (b"[" + b'{"Event": "s3:TestEvent"},' * MAX_RECORDS + b"0]", "at most 10000 records"),
 }
