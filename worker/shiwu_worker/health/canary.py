@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, WrongVectors
+from shiwu_worker.stages.encode.size_check import MIN_COSINE_TO_REFERENCE
 
 log: FilteringBoundLogger = structlog.get_logger()
-MIN_COSINE_TO_REFERENCE: Final = 0.98
-"""Lowest cosine to the reference in FP32 on the CPU; narrower number formats differ from it slightly."""
 MIN_COSINE_TO_FIRST: Final = 0.999
 """Lowest cosine to the vector at the start; the same program on the same device gives more than 0.99999."""
 MAX_LENGTH_ERROR: Final = 1e-3
