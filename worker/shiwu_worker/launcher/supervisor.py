@@ -220,7 +220,7 @@ class Supervisor:
                     "worker_hung",
                     worker=worker.placement.name,
                     after_s=self._restart_policy.hung_after_s,
-                    meaning="it has work and makes no progress, and is killed; its leases have ended",
+                    meaning="it has work and makes no progress, and is killed; its leases expire by themselves",
                 )
 
     def _start(self, worker: WorkerProcess) -> None:
