@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -81,6 +83,53 @@ def test_every_schedule_gives_the_vectors_of_a_serial_run(
 ) -> None:
     """Three batches under way, collected in any order, beside a canary; with graphs and without."""
     play(make_ring(FakeAccelerator(seed=seed, width=WIDTH), has_graphs=has_graphs), steps)
+
+
+class Hesitant(FakeAccelerator):
+    """A device whose first launch waits until another thread is about to launch, and whether that goes on."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=1, width=WIDTH)
+        self.launches: list[int] = []
+        """The thread of each call in a launch."""
+        self.has_begun = threading.Event()
+        self.is_another_there = threading.Event()
+        self.does_another_go_on = threading.Event()
+
+    def gather(self, target: torch.Tensor, pixels: NDArray[np.uint8], rows: Sequence[int] | None) -> None:
+        super().gather(target, pixels, rows)
+        if self.has_begun.is_set():
+            self.is_another_there.set()
+
+    def copying(self) -> contextlib.AbstractContextManager[None]:
+        if self.has_begun.is_set():
+            self.does_another_go_on.set()
+        else:
+            self.has_begun.set()
+            assert self.is_another_there.wait(30)
+            self.does_another_go_on.wait(0.2)  # in vain, because launches come one at a time
+        self.launches.append(threading.get_ident())
+        return super().copying()
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        self.launches.append(threading.get_ident())
+        return super().computing()
+
+
+def test_threads_launch_one_at_a_time() -> None:
+    """The canary and the encode thread use the same streams and the same graphs."""
+    device = Hesitant()
+    ring = make_ring(device, has_graphs=False)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ring.launch, IMAGES, [1, 2])
+        assert device.has_begun.wait(30)
+        second = pool.submit(ring.launch, IMAGES, [3])
+        batches = [(first.result(30), [1, 2]), (second.result(30), [3])]
+    for batch, rows in batches:
+        check(batch, rows)
+    one, _, other, _ = device.launches
+    assert device.launches == [one, one, other, other]
+    assert one != other
 
 
 def ends_well(batch: InFlightBatch, rows: list[int]) -> bool:
