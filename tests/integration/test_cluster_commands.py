@@ -17,12 +17,12 @@ from tests.support.valkey_cluster import ValkeyCluster
 
 SHARDS = 4
 WORKS = {
-    "backfill cancel": (["n"], 4),
+    "backfill cancel": (["n"], 2),
     "backfill list": ([], 0),
-    "backfill pause": (["n"], 4),
-    "backfill report": (["n"], 4),
-    "backfill resume": (["n"], 4),
-    "backfill status": (["n"], 4),
+    "backfill pause": (["n"], 2),
+    "backfill report": (["n"], 2),
+    "backfill resume": (["n"], 2),
+    "backfill status": (["n"], 2),
     "hooks list": ([], 0),
     "hooks retry": (["--all"], 0),
     "hooks status": ([], 0),

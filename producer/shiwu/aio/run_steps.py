@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 import redis
 import redis.asyncio
 
+from shiwu.aio.cancellation import cancellable
 from shiwu.broker.steps import OnOneConnection, OnShards, Pause, Step, Steps
 
 T = TypeVar("T")
@@ -28,7 +29,8 @@ async def run(client: Clients, steps: Steps[T]) -> T:
         step = next(steps)
         while True:
             try:
-                reply = await _make(client, step)
+                with cancellable():
+                    reply = await _make(client, step)
             except (redis.RedisError, OSError) as error:
                 step = steps.throw(error)
             else:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import redis
 import redis.asyncio
 
+from shiwu.aio.cancellation import cancellable
 from shiwu.broker.chunks import chunks
 from shiwu.broker.sharding import ONE_SERVER, Shard
 from shiwu.client.announcements import CHUNK_SIZE, IN_SHARD, ON_ONE_SERVER, channels, id_of
@@ -51,7 +52,8 @@ class Subscription:
         Raises:
             redis.RedisError: Redis is unavailable, or refuses the connection.
         """
-        self._connection = await self._pool.get_connection()
+        with cancellable():
+            self._connection = await self._pool.get_connection()
         self._ending.clear()
         self._pinged_s = None
 
@@ -75,7 +77,8 @@ class Subscription:
         now_s = time.monotonic()
         if self._pinged_s is None:
             self._pinged_s = now_s
-            await self._connection.send_command("PING", check_health=False)
+            with cancellable():
+                await self._connection.send_command("PING", check_health=False)
         elif now_s - self._pinged_s >= self._timeout_s:
             raise redis.TimeoutError(f"expected a reply to a ping within {self._timeout_s:g} s, got none")
 
@@ -121,4 +124,5 @@ class Subscription:
 
     async def _send(self, command: str, names: Sequence[str]) -> None:
         for portion in chunks(names, CHUNK_SIZE):
-            await self._connection.send_command(command, *portion, check_health=False)
+            with cancellable():
+                await self._connection.send_command(command, *portion, check_health=False)
