@@ -22,6 +22,12 @@ from shiwu_worker.stages.encode.tuning.thread_policy import POLL_INTERVAL_S
 from tests.support.encoders import make_encoder, make_model, noise, saved
 from tests.support.pictogram import PICTOGRAM_ZH
 
+
+def be_fast_below(core_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a model count as fast that takes fewer core-seconds for an image, whatever the number of cores."""
+    monkeypatch.setattr(model_threads, "fast_below_s", lambda _cores: core_s)
+
+
 pytestmark = pytest.mark.usefixtures("silent_transformers")
 
 
@@ -53,7 +59,7 @@ def test_threads_follow_the_usable_cores(tmp_path: Path, monkeypatch: pytest.Mon
     cores = [2]
     for part in (encoder_module, cpu_pool):
         monkeypatch.setattr(part, "usable_cores", lambda: cores[0])
-    monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", 0.0)
+    be_fast_below(0.0, monkeypatch)
     try:
         torch.set_num_threads(2)
         encoder = make_encoder(saved(make_model("clip"), tmp_path))
@@ -88,7 +94,7 @@ def test_fast_model_leaves_a_core_to_the_loaders(tmp_path: Path, monkeypatch: py
     try:
         for asked, border_s, threads in ((None, 0.04, 1), (None, 0.0, 2), (2, 0.04, 2)):
             torch.set_num_threads(2)
-            monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", border_s)
+            be_fast_below(border_s, monkeypatch)
             encoder = make_encoder(folder, batch_sizes=(1, 2), threads=asked)
             encoder.warm()
             assert encoder.threads == threads
@@ -103,9 +109,9 @@ def test_split_batch_gives_the_same_vectors(monkeypatch: pytest.MonkeyPatch) -> 
     torch.set_num_threads(2)
     try:
         whole, split = (make_encoder(PICTOGRAM_ZH, batch_sizes=(1, 2, 4)) for _ in range(2))
-        monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", math.inf)
+        be_fast_below(math.inf, monkeypatch)
         whole.warm()
-        monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", 0.0)
+        be_fast_below(0.0, monkeypatch)
         split.warm()
         assert torch.get_num_threads() == 2, "expected a model that is not fast to keep all cores"
         pools = [encoder._cpu_pool for encoder in (whole, split)]
@@ -138,7 +144,7 @@ def test_work_on_all_cores_runs_on_the_exclusive_thread(tmp_path: Path, monkeypa
     """Weights, buffers, texts, whole batches and FP32; a second OpenMP team would slow all of them."""
     before = torch.get_num_threads()
     # On a busy machine an image of the tiny model may take so much CPU that its batches would be split.
-    monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", math.inf)
+    be_fast_below(math.inf, monkeypatch)
     seen: dict[str, set[str]] = {}
 
     def noted(what: str, work: Any) -> Any:
@@ -169,7 +175,7 @@ def test_compiled_tower_is_not_split(
 ) -> None:
     """A compiled tower has a fixed number of threads."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", 0.0)
+    be_fast_below(0.0, monkeypatch)
     monkeypatch.setattr(compiler, "why_no_cpp_compiler", lambda: None)
     monkeypatch.setattr(compiler, "compiled_tower", lambda eager: eager)
     try:

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import pytest
 
 from shiwu_worker.stages.encode.tuning.thread_policy import (
-    FAST_MODEL_CORE_S,
     MAX_SPLIT_THREADS,
     POLL_INTERVAL_S,
     Arrangement,
     ThreadChange,
     ThreadPolicy,
+    fast_below_s,
 )
 
-SLOW_S, QUICK_S = 0.1, 0.005
+SLOW_S, EMBEDDED_S, QUICK_S = 0.1, 0.02, 0.003
 
 
 @dataclass
@@ -63,6 +63,9 @@ class Machine:
         (SLOW_S, 8, {"max_threads": 4}, Arrangement(4, splits_batches=True)),
         (QUICK_S, 4, {}, Arrangement(3, splits_batches=False)),
         (QUICK_S, 2, {}, Arrangement(1, splits_batches=False)),
+        (EMBEDDED_S, 2, {}, Arrangement(2, splits_batches=True)),
+        (EMBEDDED_S, 4, {}, Arrangement(4, splits_batches=True)),
+        (EMBEDDED_S, 8, {}, Arrangement(7, splits_batches=False)),
         (QUICK_S, 1, {}, Arrangement(1, splits_batches=False)),
         (QUICK_S, 4, {"fixed": 4}, Arrangement(4, splits_batches=False)),
     ],
@@ -119,10 +122,11 @@ def test_measured_cost_of_images_decides() -> None:
         machine.now_s += POLL_INTERVAL_S
         return policy.update().splits_batches
 
-    assert cost(FAST_MODEL_CORE_S * 0.9)
-    assert not cost(FAST_MODEL_CORE_S * 0.7)
-    assert not cost(FAST_MODEL_CORE_S * 1.1)
-    assert cost(FAST_MODEL_CORE_S * 1.4)
+    border_s = fast_below_s(4)
+    assert cost(border_s * 0.9)
+    assert not cost(border_s * 0.7)
+    assert not cost(border_s * 1.1)
+    assert cost(border_s * 1.4)
     assert [one.reason for one in machine.told] == ["cost_of_an_image"] * 2
 
 

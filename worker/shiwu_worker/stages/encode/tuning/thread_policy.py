@@ -17,8 +17,10 @@ from typing import Final, Literal
 
 from shiwu_worker.stages.encode.tuning.adaptive_choice import AdaptiveChoice
 
-FAST_MODEL_CORE_S: Final = 0.04
-"""A model that takes fewer core-seconds for an image is fast; loading an image takes 0.002."""
+LOADING_CORE_S: Final = 0.004
+"""Loading an image takes about so many core-seconds: those of 512 x 512 pixels from HTTP 0.0036, larger ones more."""
+MAX_FAST_CORE_S: Final = 0.04
+"""A model that takes more core-seconds for an image is not fast, however many cores there are."""
 FAST_MODEL_HYSTERESIS: Final = 1.25
 """A fast model counts as fast until an image takes this many times as long, and the other way round."""
 MAX_SPLIT_THREADS: Final = 8
@@ -63,6 +65,16 @@ class ThreadChange:
     reason: Reason
 
 
+def fast_below_s(cores: int) -> float:
+    """A model that takes fewer core-seconds for an image is fast on so many cores.
+
+    The loaders then take a core or more of them. With a core of its own for them, a model that takes m seconds makes
+    (cores - 1) / m vectors a second; if it shares all cores with them, cores / (m + LOADING_CORE_S), which is more for
+    m > (cores - 1) * LOADING_CORE_S.
+    """
+    return min(MAX_FAST_CORE_S, (cores - 1) * LOADING_CORE_S)
+
+
 class ThreadPolicy:
     """Chooses threads from the usable cores and from the batches that were run. Thread-safe; no method waits.
 
@@ -94,8 +106,8 @@ class ThreadPolicy:
         self._on_change = on_change
         self._clock = clock
         self._lock = threading.Lock()
-        self._is_fast = core_s < FAST_MODEL_CORE_S
         self._cores = cores()
+        self._is_fast = core_s < fast_below_s(self._cores)
         self._updated_s = clock()
         self.arrangement = self._arrange()
         self._restart_learning(self.arrangement.threads)
@@ -103,7 +115,7 @@ class ThreadPolicy:
     def _arrange(self) -> Arrangement:
         threads = self._fixed or min(self._cores, self._max_threads or self._cores)
         if self._is_fast and not self._fixed:
-            # The loaders take nearly as much CPU as a fast model, so they get a core.
+            # The loaders take about a core beside a fast model, so they get one.
             threads -= 1
         threads = max(1, threads)
         may_split = 1 < threads <= MAX_SPLIT_THREADS and not self._is_compiled
@@ -141,16 +153,15 @@ class ThreadPolicy:
         return self.arrangement
 
     def _rearrange(self) -> ThreadChange | None:
-        before, together, was_fast = self.arrangement, self.together, self._is_fast
+        before, together, was_fast, had_cores = self.arrangement, self.together, self._is_fast, self._cores
         self._cores = self._count_cores()
-        self._is_fast = self._core_s < FAST_MODEL_CORE_S * (
-            FAST_MODEL_HYSTERESIS if was_fast else 1 / FAST_MODEL_HYSTERESIS
-        )
+        hysteresis = FAST_MODEL_HYSTERESIS if was_fast else 1 / FAST_MODEL_HYSTERESIS
+        self._is_fast = self._core_s < fast_below_s(self._cores) * hysteresis
         self.arrangement = self._arrange()
         if self.arrangement == before:
             return None
         self._restart_learning(self.arrangement.threads)
-        reason: Reason = "cores" if self._is_fast == was_fast else "cost_of_an_image"
+        reason: Reason = "cores" if self._cores != had_cores else "cost_of_an_image"
         return ThreadChange(before, self.arrangement, together, self.together, reason)
 
     def next_together(self, work: float) -> int:
