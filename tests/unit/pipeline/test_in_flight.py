@@ -88,6 +88,33 @@ def test_bulk_leaves_slots_for_interactive() -> None:
     assert rooms(in_flight).total == 50
 
 
+def test_bulk_of_larger_batches_leaves_slots_for_interactive() -> None:
+    """When batches become smaller, bulk has more slots than it may have, for as long as its jobs take."""
+    wanted = [100]
+    in_flight = InFlightJobs(slots=100, wanted=lambda: wanted[0])
+    bulk = jobs(75, lane=Lane.BULK)
+    in_flight.add(bulk, bulk)
+    wanted[0] = 20
+    assert rooms(in_flight) == Room(5, 0)
+    interactive = jobs(3)
+    in_flight.add(interactive, interactive)
+    assert rooms(in_flight) == Room(2, 0)
+    wanted[0] = 4
+    assert rooms(in_flight) == NO_ROOM
+    in_flight.free_slots(interactive)
+    assert rooms(in_flight) == NO_ROOM
+    in_flight.remove(interactive[:1])
+    assert rooms(in_flight) == Room(1, 0)
+
+
+def test_reserve_is_no_more_than_the_slots_that_are_free() -> None:
+    """Slots that bulk has filled while no share was kept cannot be given twice."""
+    in_flight = InFlightJobs(slots=100)
+    bulk = jobs(98, lane=Lane.BULK)
+    in_flight.add(bulk, bulk)
+    assert rooms(in_flight) == Room(2, 0)
+
+
 def test_worker_of_one_lane_reserves_no_slots() -> None:
     """No other lane would use them."""
     in_flight = InFlightJobs(slots=100, shares=LoadShares(interactive_reserve=0.0))
@@ -280,12 +307,12 @@ def test_jobs_of_a_shard_that_is_away_take_no_room() -> None:
     in_flight = InFlightJobs(slots=2)
     waiting = jobs(6, lane=Lane.BULK)
     in_flight.add(waiting, [])
-    assert rooms(in_flight) == Room(0, 0)
+    assert rooms(in_flight) == Room(1, 0)
     in_flight.set_away({Lane.BULK: 6})
     assert in_flight.runs_nothing()
     assert rooms(in_flight) == Room(2, 1)
     in_flight.set_away({})
-    assert rooms(in_flight) == Room(0, 0)
+    assert rooms(in_flight) == Room(1, 0)
 
 
 def test_ids_and_marks_are_those_of_one_shard() -> None:

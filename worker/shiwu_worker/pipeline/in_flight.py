@@ -183,15 +183,22 @@ class InFlightJobs:
 
     def _room(self) -> Room:
         """The room as it is now, 0 where it is too small for a round trip. The caller holds the lock."""
-        wanted = min(self._slots - self._label_slots, self._wanted_slots())
+        usable = self._slots - self._label_slots
+        wanted = min(usable, self._wanted_slots())
+        reserve = self._shares.reserve_of(wanted)
         aside = {lane: min(count, self._label_slots // len(Lane)) for lane, count in self._waiting().items()}
+        bulk_aside = aside.get(Lane.BULK, 0)
         running = len(self._jobs) - self._away_jobs
         jobs, used = running - sum(aside.values()), self._slots - len(self._free) - sum(aside.values())
+        bulk_jobs, bulk_used = self._bulk_jobs - self._away_bulk - bulk_aside, self._bulk_slots - bulk_aside
         total = _worth_a_claim(min(wanted - used, MAX_JOBS_PER_SLOT * wanted - jobs), wanted, is_empty=running <= 0)
-        wanted -= self._shares.reserve_of(wanted)
-        bulk_aside, bulk_jobs = aside.get(Lane.BULK, 0), self._bulk_jobs - self._away_bulk
-        bulk = min(wanted - self._bulk_slots + bulk_aside, MAX_JOBS_PER_SLOT * wanted - bulk_jobs + bulk_aside)
-        return Room(total, min(total, _worth_a_claim(bulk, wanted, is_empty=bulk_jobs <= 0)))
+        # Also while bulk has more than its part, as it had a right to before batches became smaller.
+        own = min(reserve - (used - bulk_used), MAX_JOBS_PER_SLOT * reserve - (jobs - bulk_jobs), usable - used)
+        total = max(total, own)
+        for_bulk = wanted - reserve
+        bulk = min(for_bulk - bulk_used, MAX_JOBS_PER_SLOT * for_bulk - bulk_jobs)
+        is_without_bulk = self._bulk_jobs - self._away_bulk <= 0
+        return Room(total, min(total, _worth_a_claim(bulk, for_bulk, is_empty=is_without_bulk)))
 
     def _note_change(self) -> None:
         """Wake the threads that wait for room. The caller holds the lock."""
