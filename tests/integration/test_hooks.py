@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from contextlib import suppress
+import subprocess
 from pathlib import Path
-from threading import Thread
+from subprocess import DEVNULL, PIPE
 from urllib.parse import parse_qs
 
 import redis
 from standardwebhooks import Webhook
 
 from shiwu import Client
-from shiwu.contract import HOOKS_DELIVERIES, RESULT_STREAM, ErrorCode, ErrorInfo, Lane, Status
+from shiwu.contract import HOOKS_DELIVERIES, ErrorCode, ErrorInfo, Lane, Status
 from shiwu.hooks.delivery_queue import DeliveryQueue
-from shiwu.hooks.endpoints import read_endpoints
-from shiwu.hooks.event_log import EventLog
-from shiwu.hooks.metrics import HooksMetrics
-from shiwu.hooks.process import HooksOptions, HooksProcess
-from shiwu.network.address_rules import AddressRules
 from tests.support.certificates import Certificate
 from tests.support.hooks import (
     OLD_SECRET,
     SECRET,
     SEED,
+    HooksProcess,
     StartHooks,
     answer,
     commit,
     unread,
     write_endpoints,
 )
-from tests.support.processes import LOOPBACK
 from tests.support.tls_front import TlsFront
 from tests.support.waiting import wait_until
 from tests.support.webhook_receiver import Received, WebhookReceiver
@@ -213,35 +207,19 @@ def test_real_client_names_the_endpoint(
     assert json.loads(receiver.received[0].body)["data"]["callback"] == "orders"
 
 
-class ClosedAfterStart(io.StringIO):
-    """A log whose reader exits after the first line."""
-
-    def write(self, text: str, /) -> int:
-        """Write the first line."""
-        if self.getvalue():
-            raise BrokenPipeError
-        return super().write(text)
-
-
 def test_process_ends_where_its_log_cannot_be_written(
     receiver: WebhookReceiver, redis_client: redis.Redis, redis_url: str, tmp_path: Path
 ) -> None:
-    """Instead of going on without the thread that met the error."""
-    options = HooksOptions(
-        redis_url=redis_url,
-        endpoints=read_endpoints(write_endpoints(tmp_path, [{"name": "orders", "url": receiver.url}])),
-        rules=AddressRules(allow_hosts=(LOOPBACK,)),
-        schedule_s=(0.0,),
-    )
-    process = HooksProcess(options, log=EventLog(ClosedAfterStart()), metrics=HooksMetrics())
-
-    def run() -> None:
-        with suppress(BrokenPipeError):
-            process.run()
-
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    wait_until(lambda: redis_client.exists(RESULT_STREAM), timeout_s=20)
-    commit(redis_client, answer("k1"))
-    wait_until(lambda: not thread.is_alive(), timeout_s=20, what="the process ends")
+    """Instead of going on without the thread that met the error; a process, because its other threads end with it."""
+    file = write_endpoints(tmp_path, [{"name": "orders", "url": receiver.url}])
+    hooks = HooksProcess(redis_url=redis_url, file=file)
+    with subprocess.Popen(hooks.command, env=hooks.env, cwd=tmp_path, stdout=PIPE, stderr=DEVNULL) as process:
+        try:
+            assert process.stdout is not None
+            assert b'"started"' in process.stdout.readline()
+            process.stdout.close()
+            commit(redis_client, answer("k1"))
+            assert process.wait(30) != 0
+        finally:
+            process.kill()
     assert receiver.ids() == ["k1.0"]

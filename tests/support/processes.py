@@ -83,7 +83,7 @@ class Process:
         self.name = name
         self.folder = folder
         self.log_path = folder / f"{name}.log"
-        self._env = dict(env)
+        self.env = dict(env)
         self._popen: subprocess.Popen[bytes] | preloaded.Child | None = None
 
     def start(self) -> Self:
@@ -101,12 +101,12 @@ class Process:
 
     def _begin(self, log: IO[bytes]) -> subprocess.Popen[bytes] | preloaded.Child:
         start_from = preloaded.current
-        if start_from is not None and start_from.can_start(self.command, self._env):
-            return start_from.start(self.command, env=self._env, stdout=log.fileno(), stderr=log.fileno())
+        if start_from is not None and start_from.can_start(self.command, self.env):
+            return start_from.start(self.command, env=self.env, stdout=log.fileno(), stderr=log.fileno())
         return subprocess.Popen(
             self.command,
             cwd=ROOT,
-            env=self._env,
+            env=self.env,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
