@@ -18,4 +18,4 @@ def test_worker_has_the_model_that_was_asked_for(setting: str | None, model: str
     parts: Any = {"source": SimpleNamespace(env={}), "checkpoint": SimpleNamespace(setting=setting)}
     others: Any = dict.fromkeys(("url", "client", "folder", "lane", "dtype"))
     env = Place(**parts, **others, worker_env={}).model_env
-    assert WorkerProcess(redis_url="redis://127.0.0.1:1", folder=tmp_path, env=env)._env["SHIWU_MODEL"] == model
+    assert WorkerProcess(redis_url="redis://127.0.0.1:1", folder=tmp_path, env=env).env["SHIWU_MODEL"] == model

@@ -91,6 +91,18 @@ def test_bytes_after_a_jpeg_are_ignored(name: str, whole: dict[str, bytes]) -> N
         np.testing.assert_array_equal(shown(body), expected)
 
 
+def test_image_without_its_pixels_is_broken(whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some damaged files have none after they were read, which Pillow tells only when the pixels are used."""
+
+    def without_pixels(image: Any, **_: Any) -> Any:
+        image.tile = []
+        return image
+
+    monkeypatch.setattr("shiwu_worker.stages.decode.decoder.flatten_to_rgb", without_pixels)
+    with pytest.raises(Rejected, match="expected a whole PNG image"):
+        decode(next(data for data in whole.values() if data.startswith(b"\x89PNG")), spec=SPEC, limits=LIMITS)
+
+
 def test_jpeg_with_only_a_header_is_broken(whole: dict[str, bytes]) -> None:
     """The header, the start of the scan, and the end marker."""
     for name in JPEGS:

@@ -103,6 +103,7 @@ def decode(
                 max_pixels=limits.max_pixels,
                 check_size=lambda frame: _check_size(*frame.size, limits),
             )
+            rgb.load()  # of a damaged file some pixels may be missing even now, which Pillow tells when they are read
         except (MemoryError, Rejected):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
