@@ -79,7 +79,7 @@ def test_end_does_not_wait_for_slow_clients(stack: ExitStack) -> None:
 
 @pytest.mark.usefixtures("slow_reads")
 def test_slow_client_is_closed_after_its_time(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "MAX_CONNECTION_S", 0.2)
+    monkeypatch.setattr(http_server._Server, "max_connection_s", 0.2)
     port = stack.enter_context(serve_app(page, host=LOOPBACK, port=0))
     assert half_request(stack, port).recv(1) == b""
     assert read(port) == b"ok"

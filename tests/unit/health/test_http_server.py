@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from shiwu.network.bounded_server import MAX_CONNECTIONS
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.health import http_server
-from shiwu_worker.health.http_server import MAX_CONNECTIONS, HealthServer
+from shiwu_worker.health.http_server import HealthServer
 from tests.support.processes import ROOT
 from tests.support.waiting import wait_until
 

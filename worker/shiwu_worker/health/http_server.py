@@ -6,26 +6,24 @@ port may be reachable by others.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, Final
 
 import structlog
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from structlog.typing import FilteringBoundLogger
 
+from shiwu.network.bounded_server import BoundedServer
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.runtime.threads import ServiceThread
 
 log: FilteringBoundLogger = structlog.get_logger()
-MAX_CONNECTIONS: Final = 32
 MAX_REQUEST_BYTES: Final = 8 * 1024
 MAX_CONNECTION_S: Final = 5.0
 """A connection is closed after this time, whatever its state."""
@@ -117,61 +115,17 @@ class _CachedText:
             return self._text
 
 
-class _Server(ThreadingHTTPServer):
-    """One thread for each connection. Over the limit it closes the oldest connection: probes are new and short."""
-
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = MAX_CONNECTIONS
+class _Server(BoundedServer):
+    max_connection_s = MAX_CONNECTION_S
 
     def __init__(self, address: tuple[str, int], page: Callable[[str], tuple[int, str, bytes]]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.page = page
-        self._open: dict[socket.socket, float] = {}
-        self._lock = threading.Lock()
         super().__init__(address, _Handler)
 
-    def server_bind(self) -> None:
-        """Bind without the look-up of this host's name in the base class, which may block on a name server."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = "shiwu", self.server_address[1]
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve the request on its own thread."""
-        with self._lock:
-            if len(self._open) >= MAX_CONNECTIONS:
-                oldest = next(iter(self._open))
-                del self._open[oldest]
-                _shut_down(oldest)
-            self._open[request] = time.monotonic()
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection whose request was answered."""
-        with self._lock:
-            self._open.pop(request, None)
-        super().shutdown_request(request)
-
-    def service_actions(self) -> None:
-        """Close the connections that take too long. The base class calls this a few times a second."""
-        late_s = time.monotonic() - MAX_CONNECTION_S
-        with self._lock:
-            for request, since_s in self._open.items():
-                if since_s < late_s:
-                    _shut_down(request)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Log defects of this server; not that a client closed its connection."""
-        if not isinstance(sys.exception(), OSError):
-            log.exception("http_failed")
-
-
-def _shut_down(request: socket.socket) -> None:
-    """Shut a connection down; the thread that serves it gets an error and closes it."""
-    with contextlib.suppress(OSError):  # the client has just closed it
-        request.shutdown(socket.SHUT_RDWR)
+    def report_defect(self, request: object, client_address: object) -> None:
+        """Log the exception that is being handled."""
+        log.exception("http_failed")
 
 
 class _LimitedReader(io.RawIOBase):

@@ -167,7 +167,7 @@ class BatchExecutor:
             self._on_encoded(jobs, vectors)
         except WrongVectors:
             raise
-        except Exception as error:
+        except Exception as error:  # border: whatever scoring raises is not an error of the device
             raise _ScoringFailed(error) from error
 
     def _handle(self, error: Exception, jobs: Sequence[Job]) -> None:
