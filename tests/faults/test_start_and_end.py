@@ -47,7 +47,9 @@ def test_a_signal_ends_the_start(
     start_worker: StartWorker, redis_url: str, wait_until: Callable[..., Any], number: signal.Signals, by_celery: bool
 ) -> None:
     """With exit code 0, and not only when the model has been loaded."""
-    worker = start_worker(redis_url=redis_url, ready=False, by_celery=by_celery)
+    # Without this a process that has imported torch before starts the worker, and it may be ready before the signal.
+    own_interpreter = {"NOT_PRELOADED": "1"}
+    worker = start_worker(redis_url=redis_url, ready=False, by_celery=by_celery, env=own_interpreter)
     wait_until(lambda: _has_loaders(worker.pid), timeout_s=60, what="its loaders start")
     worker.signal(number)
     assert worker.wait(timeout_s=30) == 0
