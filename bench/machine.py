@@ -81,8 +81,8 @@ def describe() -> Machine:
 
 def _load_before() -> float:
     """The load average, or what `bench.card` has measured, because its steps load the machine one after the other."""
-    told = os.environ.get(LOAD_BEFORE)
-    return round(float(told) if told else os.getloadavg()[0], 2)
+    given = os.environ.get(LOAD_BEFORE)
+    return round(float(given) if given else os.getloadavg()[0], 2)
 
 
 def versions() -> tuple[tuple[str, str], ...]:

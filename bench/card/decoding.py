@@ -1,6 +1,6 @@
 """What the cores can decode at most: processes that do nothing else, as many as the service has loaders, and all cores.
 
-The service cannot be faster than its loaders decode, so its rate is judged by the first of the two.
+The service cannot be faster than its loaders decode, so its floor is a share of the first of the two rates.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def decode_ceiling(steps: Steps, loaders: int) -> float | None:
 
 
 def floors(steps: Steps) -> Iterator[Floor]:
-    """All floors, judged by the results of all stages."""
+    """All floors, compared with the results of all stages."""
     sizes = [size for way in ways_of(steps, "vit-b-16") for size in way["rungs"]]
     best = max((float(size["per_second"]) for size in sizes), default=None)
     one_ms = min((float(size["batch_ms"]) for size in sizes if size["size"] == 1), default=None)

@@ -25,7 +25,7 @@ LARGE_SCHEDULES: Final = 300
 LARGE_S: Final = 10.0
 MAX_STEPS: Final = 12
 CHECK_EVERY_S: Final = 0.05
-"""FP32 passes beside the schedules take the GPU from them."""
+"""FP32 passes at the same time as the schedules take the GPU from them."""
 
 
 def measures(*, tiny: bool) -> Measures:

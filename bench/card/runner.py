@@ -24,7 +24,7 @@ from bench.card.plan import Step
 ROOT: Final = Path(__file__).resolve().parents[2]
 SITE: Final = ROOT / "build" / "card-site"
 END_S: Final = {signal.SIGINT: 6.0, signal.SIGTERM: 4.0}
-"""Time for a process to end after each signal. After the first one pytest says which tests have failed until then."""
+"""Time for a process to end after each signal. After the first one pytest prints which tests have failed until then."""
 LAST_S: Final = 3.0
 """Time for a process to end after SIGKILL."""
 MAX_LOG_CHARACTERS: Final = 1_000_000
@@ -35,7 +35,7 @@ REHEARSAL_FACTOR: Final = 4
 PR_SET_CHILD_SUBREAPER: Final = 36
 TAIL_CHARACTERS: Final = 6_000
 LOAD_BEFORE: Final = "BENCH_LOAD_BEFORE"
-"""Tells benchmarks the load by other programs, for `bench.machine`."""
+"""Environment variable with the load by other programs, which `bench.machine` reads."""
 PASSED: Final = frozenset({"ok", "skipped"})
 
 

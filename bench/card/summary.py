@@ -52,9 +52,9 @@ def table(head: Sequence[str], rows: Rows) -> str:
 def as_text(folders: Sequence[Path]) -> str:
     """The floors alone."""
     steps, is_rehearsal = read(folders)
-    judged = [(floor.outcome, floor.name, floor.wanted, floor.found) for floor in floors(steps)]
+    rows = [(floor.outcome, floor.name, floor.wanted, floor.found) for floor in floors(steps)]
     warning = "A REHEARSAL: these figures are no measurement.\n\n" if is_rehearsal else ""
-    return warning + table(("", "floor", "wanted", "found"), judged)
+    return warning + table(("", "floor", "wanted", "found"), rows)
 
 
 def as_page(folders: Sequence[Path]) -> str:

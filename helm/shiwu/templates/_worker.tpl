@@ -26,10 +26,10 @@
 {{- end -}}
 
 {{/*
-A probe of the pod. The port of one of several workers says nothing of the others, and is closed while a broken GPU is
-out of use; the launcher's files say that all are ready, and when the slowest one made progress. A file of an earlier container
-of the pod does not count: it would end the time that a new one has for its start. So no file may be older than process
-1, whose start is field 22 of its line in /proc, in hundredths of a second after that of the machine.
+A probe of the pod. The port of one of several workers has no state of the others, and is closed while a broken GPU is
+out of use. The launcher's files exist while all workers are ready, and are touched while the slowest one makes progress.
+A file that an earlier container of the pod left does not count, because the new one would be killed during its start. So
+no file may be older than process 1, whose start is field 22 of /proc/1/stat, in hundredths of a second since the boot.
 */}}
 {{- define "shiwu.probe" -}}
 {{- $settings := .root.Values.worker.settings -}}

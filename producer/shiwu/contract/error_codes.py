@@ -220,7 +220,7 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
             retry=Retry.DEFAULT,
         ),
         ErrorCode.INTERNAL_ERROR: _failed(
-            "The worker met an error that it does not know. This says nothing about the image.",
+            "The worker met an error that it does not know; the cause is not the image.",
             "Read the worker's log line `source_failed` or `batch_failed`, report it, requeue after an upgrade.",
             retry=Retry.DEFAULT,
             log_level="error",

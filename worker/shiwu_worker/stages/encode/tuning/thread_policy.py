@@ -115,7 +115,7 @@ class ThreadPolicy:
     def _arrange(self) -> Arrangement:
         threads = self._fixed or min(self._cores, self._max_threads or self._cores)
         if self._is_fast and not self._fixed:
-            # The loaders take about a core beside a fast model, so they get one.
+            # The loaders of a fast model use about one core, so they get one.
             threads -= 1
         threads = max(1, threads)
         may_split = 1 < threads <= MAX_SPLIT_THREADS and not self._is_compiled
